@@ -11,6 +11,7 @@ GATED = ("swiglu", "geglu", "gpt_oss")
 DTYPES = ("fp32", "bf16")
 HEAPS = ("host", "cuda", "nvshmem")
 FORMATS = ("plain", "fp8", "mxfp4", "nvfp4")
+ACTIVATIONS_IN = ("dtype", "format")
 WEIGHT_IN = ("reduce", "fc2")
 
 
@@ -30,6 +31,7 @@ class MoEConfig:
     slots: int = 0  # physical places for experts on all ranks together; 0 means one per expert
     dtype: str = "bf16"  # rows, results and plain weights: fp32 | bf16
     format: str = "plain"  # expert weights: plain (in dtype) | fp8 | mxfp4 | nvfp4
+    activations_in: str = "dtype"  # rows and inner values: dtype (weight-only) | format (both)
     activation: str = "swiglu"  # swiglu | geglu | gelu | gpt_oss | relu2
     bias: bool = False  # every expert GEMM adds a bias
     clamp: float = math.inf  # gate <= clamp, -clamp <= up <= clamp, before the activation
@@ -62,6 +64,7 @@ class MoEConfig:
         for name, legal in (
             ("dtype", DTYPES),
             ("format", FORMATS),
+            ("activations_in", ACTIVATIONS_IN),
             ("activation", ACTIVATIONS),
             ("weight_in", WEIGHT_IN),
             ("heap", HEAPS),
@@ -72,10 +75,12 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        if self.format != "plain" and self.hidden % 32:
-            raise ValueError(
-                f"hidden must be a multiple of 32 for format {self.format!r}, got {self.hidden}"
-            )
+        for name in ("hidden", "inner"):
+            if self.format != "plain" and getattr(self, name) % 32:
+                raise ValueError(
+                    f"{name} must be a multiple of 32 for format {self.format!r}, "
+                    f"got {getattr(self, name)}"
+                )
         if not self.name or len(self.name) > 64:
             raise ValueError(f"name must have 1 to 64 characters, got {self.name!r}")
 
