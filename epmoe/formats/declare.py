@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epmoe.config import MoEConfig
+from ..config import MoEConfig
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,10 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from epmoe.config import MoEConfig
-from epmoe.formats import e4m3, plain
-from epmoe.formats.declare import RowTensor, SlotTensor, biases, matrices, plain_parts
-from epmoe.formats.declare import refuse_scales as _refuse_scales
+from ..config import MoEConfig
+from . import e4m3, plain
+from .declare import (
+    RowTensor,
+    SlotTensor,
+    biases,
+    matrices,
+    plain_parts,
+    refuse_scales,
+)
 
 BLOCK = 128
 FLOOR = 1e-4  # the largest size in a block is taken as at least this: no division by zero
@@ -99,7 +105,7 @@ def from_plain(
     mid_scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Quantise every matrix in 128 x 128 blocks.  Rows have dynamic scales: no static ones."""
-    _refuse_scales(config, input_scale=input_scale, mid_scale=mid_scale)
+    refuse_scales(config, input_scale=input_scale, mid_scale=mid_scale)
     floats, kept = plain_parts(config, source)
     weights: dict[str, Tensor] = {}
     for name, value in floats.items():

@@ -11,10 +11,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from epmoe.config import MoEConfig
-from epmoe.formats import e2m1, plain, ue8m0
-from epmoe.formats.declare import RowTensor, SlotTensor, biases, matrices, plain_parts
-from epmoe.formats.declare import refuse_scales as _refuse_scales
+from ..config import MoEConfig
+from . import e2m1, plain, ue8m0
+from .declare import (
+    RowTensor,
+    SlotTensor,
+    biases,
+    matrices,
+    plain_parts,
+    refuse_scales,
+)
 
 GROUP = 32
 
@@ -73,7 +79,7 @@ def from_plain(
     mid_scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Quantise every matrix along its input.  Groups have dynamic scales: no static ones."""
-    _refuse_scales(config, input_scale=input_scale, mid_scale=mid_scale)
+    refuse_scales(config, input_scale=input_scale, mid_scale=mid_scale)
     floats, kept = plain_parts(config, source)
     weights: dict[str, Tensor] = {}
     for name, value in floats.items():

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from epmoe.config import MoEConfig
-from epmoe.formats import e2m1, e4m3, plain
-from epmoe.formats.declare import (
+from ..config import MoEConfig
+from . import e2m1, e4m3, plain
+from .declare import (
     RowTensor,
     SlotTensor,
     biases,
@@ -31,6 +31,7 @@ from epmoe.formats.declare import (
 
 GROUP = 16
 SPAN = e2m1.LARGEST * e4m3.LARGEST  # 2688: the largest value at scale 1
+SCALARS = ("alpha1", "alpha2", "input_scale", "mid_scale")
 SMALLEST = 2.0**-100  # a scale below this has no fp32 reciprocal to work with
 
 
@@ -107,9 +108,7 @@ def tensors(config: MoEConfig) -> tuple[SlotTensor, ...]:
     for name, out, width in matrices(config):
         found.append(SlotTensor(name, (out, width // 2), torch.uint8))
         found.append(SlotTensor(name + "_scale", (out, width // GROUP), torch.float8_e4m3fn))
-    scalars = ["alpha1", "alpha2"]
-    if config.activations_in == "format":
-        scalars += ["input_scale", "mid_scale"]
+    scalars = SCALARS if config.activations_in == "format" else SCALARS[:2]
     found += [SlotTensor(name, (), torch.float32) for name in scalars]
     return (*found, *biases(config))
 

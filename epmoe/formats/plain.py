@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from epmoe.config import MoEConfig
-from epmoe.formats.declare import (
+from ..config import MoEConfig
+from .declare import (
     DTYPE,
     RowTensor,
     SlotTensor,
