@@ -1,0 +1,276 @@
+"""How ranks that know nothing of each other hand around one first small value."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Protocol
+
+from epmoe.errors import EpmoeError, PeerLost
+
+MEET, ALL, LOST, ASK, ABSENT = b"M", b"A", b"L", b"Q", b"W"  # first byte between rank and hub
+
+
+class Meeting(Protocol):
+    """One operation: every rank hands in some bytes of equal length and gets those of all."""
+
+    rank: int
+    size: int
+    local_rank: int | None  # None: count it from the introductions
+
+    def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
+        """All introductions by rank, within the limit; an ``EpmoeError`` says who is absent."""
+        ...
+
+
+def from_env(env: Mapping[str, str]) -> Meeting:
+    """The meeting that this process was started for.
+
+    The order matters: under torchrun mpi4py is a job of one, inside a Slurm allocation mpirun sets
+    its own variables too, so the more special launcher is asked first.
+    """
+    if "EPMOE_HUB_FD" in env:
+        return Hub(int(env["EPMOE_HUB_FD"]), *_place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, size, local = _place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if size == 1:
+            return Alone(local)
+        agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        run = f"{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        host, port = _need(env, "MASTER_ADDR"), int(_need(env, "MASTER_PORT"))
+        return Store(host, port, run, rank, size, local, hosted=agent)
+    for names in (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ):
+        if names[0] in env and names[1] in env:
+            return mpi_world(*_place(env, *names))
+    if "SLURM_PROCID" in env and ("SLURM_STEP_NUM_TASKS" in env or "SLURM_NTASKS" in env):
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+        rank, size, local = _place(env, "SLURM_PROCID", tasks, "SLURM_LOCALID")
+        if size == 1:
+            return Alone(local)
+        nodes = env.get("SLURM_STEP_NODELIST") or _need(env, "SLURM_JOB_NODELIST")
+        job, step = int(_need(env, "SLURM_JOB_ID")), int(env.get("SLURM_STEP_ID", "0"))
+        port = slurm_port(job, step)
+        return Store(first_host(nodes), port, f"{job}.{step}", rank, size, local, hosted=False)
+    return Alone()
+
+
+def _need(env: Mapping[str, str], name: str) -> str:
+    if not env.get(name):
+        raise ValueError(f"{name} must be set in the environment of a rank, it is missing")
+    return env[name]
+
+
+def _place(env: Mapping[str, str], rank: str, size: str, local: str) -> tuple[int, int, int | None]:
+    at, of = int(_need(env, rank)), int(_need(env, size))
+    if not 0 <= at < of:
+        raise ValueError(f"{rank} must be from 0 to {size} - 1 ({of - 1}), got {at}")
+    return at, of, int(env[local]) if env.get(local) else None
+
+
+def slurm_port(job: int, step: int) -> int:
+    """A port that every rank of a job step computes alike, below the range of chance ports.
+
+    >>> slurm_port(4711, 0), slurm_port(4711, 1)
+    (19711, 19848)
+    """
+    return 15000 + (job + 137 * step) % 17000
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm list.
+
+    >>> first_host("gpu-a[017-019,30],login")
+    'gpu-a017'
+    """
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
+    if not found:
+        raise ValueError(f"SLURM_JOB_NODELIST must begin with a host name, got {nodes!r}")
+    return "".join(part or "" for part in found.groups())
+
+
+class Alone:
+    """One rank meets itself."""
+
+    def __init__(self, local_rank: int | None = None) -> None:
+        self.rank, self.size, self.local_rank = 0, 1, local_rank
+
+    def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
+        """Its own introduction."""
+        return [introduction]
+
+
+class Hub:
+    """Ranks that ``epmoe.local`` started: the parent gathers, and tells the rest when one dies."""
+
+    def __init__(self, fd: int, rank: int, size: int, local_rank: int | None) -> None:
+        self.rank, self.size, self.local_rank, self.fd = rank, size, local_rank, fd
+
+    def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
+        """Over the inherited socket, which stays open for the next meeting."""
+        try:
+            hub = socket.socket(fileno=os.dup(self.fd))
+        except OSError as error:
+            raise EpmoeError(
+                f"EPMOE_HUB_FD={self.fd} is no socket here: this process has a rank's "
+                f"environment but was not started as a rank"
+            ) from error
+        with hub:
+            hub.send(MEET + introduction)
+            said = self._hear(hub, limit_s)
+            if not said:
+                hub.send(ASK)
+                absent = self._hear(hub, 1.0)[1:].decode() or "unknown (the launcher is silent)"
+                raise EpmoeError(f"the ranks did not meet within {limit_s:g} s; absent: {absent}")
+        if said[:1] == LOST:
+            ranks = tuple(int(r) for r in said[1:].decode().split(","))
+            text = f"rank {said[1:].decode()} ended before the ranks met; seen by rank {self.rank}"
+            raise PeerLost(text, ranks=ranks, how="exited")
+        body = said[1:]
+        return [body[i : i + len(introduction)] for i in range(0, len(body), len(introduction))]
+
+    def _hear(self, hub: socket.socket, limit_s: float) -> bytes:
+        poll = select.poll()
+        poll.register(hub, select.POLLIN)
+        if not poll.poll(limit_s * 1e3):
+            return b""
+        said = hub.recv(1 << 20)
+        if not said:
+            raise EpmoeError(f"the process that started rank {self.rank} ended before the meeting")
+        return said
+
+
+class Store:
+    """Ranks that know a host and a port: torch's TCPStore, the launcher's own or rank 0's.
+
+    The store has no authentication: it assumes a closed network, as torch does.  Only what the
+    ranks say about themselves goes through it; whoever then connects is judged at the door.
+    """
+
+    def __init__(
+        self, host: str, port: int, run: str, rank: int, size: int, local: int | None, hosted: bool
+    ) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local
+        self.host, self.port, self.run, self.hosted = host, port, run, hosted
+
+    def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
+        """Keys hold the run, its restart count and how often this rank has met before."""
+        from torch.distributed import DistError, TCPStore
+
+        until = time.monotonic() + limit_s
+        serve = self.rank == 0 and not self.hosted
+        where = f"the store at {self.host}:{self.port}"
+        try:
+            store = TCPStore(
+                self.host,
+                self.port,
+                is_master=serve,
+                timeout=timedelta(seconds=limit_s),
+                wait_for_workers=False,
+                multi_tenant=True,  # torch.distributed may serve or use the same port later
+            )
+            time_ = store.add(f"epmoe/{self.run}/met/{self.rank}", 1)
+            keys = [f"epmoe/{self.run}/{time_}/{rank}" for rank in range(self.size)]
+            store.set(keys[self.rank], introduction.hex())
+            left = max(0.001, until - time.monotonic())
+            try:
+                store.wait(keys, timedelta(seconds=left))
+            except DistError as error:
+                absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+                raise EpmoeError(
+                    f"the ranks did not meet at {where} within {limit_s:g} s; absent: rank "
+                    f"{', '.join(absent)}"
+                ) from error
+            found = [bytes.fromhex(store.get(key).decode()) for key in keys]
+            left_key = f"epmoe/{self.run}/{time_}/left"
+            store.add(left_key, 1)
+            while serve and store.add(left_key, 0) < self.size and time.monotonic() < until:
+                time.sleep(0.001)  # a store that is served here ends with this call
+        except DistError as error:
+            raise EpmoeError(f"rank {self.rank} lost {where}: {error}") from error
+        return found
+
+
+class Mpi:
+    """Ranks of an mpi4py communicator that somebody else made and will free."""
+
+    def __init__(self, comm: Any, local_rank: int | None = None) -> None:
+        self.comm, self.local_rank = comm, local_rank
+        self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
+
+    def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
+        """A nonblocking allgather, tested until the limit: a blocking one could not be left."""
+        long = len(introduction)
+        mine, found = bytearray(introduction), bytearray(long * self.size)
+        request = self.comm.Iallgather(mine, found)
+        until = time.monotonic() + limit_s
+        while not request.Test():
+            if time.monotonic() > until:
+                raise EpmoeError(
+                    f"rank {self.rank}: not all {self.size} ranks met over MPI within "
+                    f"{limit_s:g} s; MPI does not say who is absent"
+                )
+            time.sleep(0.0005)
+        return [bytes(found[i : i + long]) for i in range(0, len(found), long)]
+
+
+def mpi_world(rank: int, size: int, local: int | None) -> Meeting:
+    """MPI's world as the launcher's variables describe it."""
+    if size == 1:
+        return Alone(local)
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise EpmoeError(
+            f"an MPI launcher started {size} ranks, but mpi4py is not usable here ({error}); "
+            f"pip install 'epmoe[mpi]', or start by torchrun"
+        ) from error
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (rank, size):
+        raise EpmoeError(
+            f"the launcher says rank {rank} of {size}, mpi4py says {world.Get_rank()} of "
+            f"{world.Get_size()}: they belong to different MPIs (mpi4py runs on "
+            f"{MPI.Get_library_version().split(',')[0]}); use the mpirun of that one"
+        )
+    return Mpi(world, local)
+
+
+class Torch:
+    """Ranks of a torch.distributed process group that somebody else made and will destroy."""
+
+    def __init__(self, process_group: Any) -> None:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise ValueError("process_group must belong to an initialised torch.distributed")
+        self.group = process_group
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.local_rank: int | None = None
+        if self.rank < 0:
+            raise ValueError("process_group must contain this process, it does not")
+
+    def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
+        """One all_gather of bytes, on the GPU if that is all the group can do (nccl)."""
+        import torch
+        import torch.distributed as dist
+
+        where = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        mine = torch.frombuffer(bytearray(introduction), dtype=torch.uint8).to(where)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            work = dist.all_gather(found, mine, group=self.group, async_op=True)
+            if work is not None:
+                work.wait(timedelta(seconds=limit_s))
+        except RuntimeError as error:
+            raise EpmoeError(
+                f"rank {self.rank}: not all {self.size} ranks met over torch.distributed within "
+                f"{limit_s:g} s: {error}"
+            ) from error
+        return [bytes(one.cpu().tolist()) for one in found]
