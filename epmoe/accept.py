@@ -1,0 +1,110 @@
+"""What a caller may hand to a forward: every mistake is named with argument, value and limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from epmoe.config import MoEConfig
+from epmoe.context import ForwardContext
+from epmoe.formats import DTYPE, SlotTensor
+
+
+def check_batch(
+    config: MoEConfig,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    context: ForwardContext | None,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+) -> None:
+    """``TypeError`` or ``ValueError`` for the first thing that is not as promised.
+
+    Nothing is converted and nothing copied in silence.  NaN in ``x`` or ``weights`` is not an
+    error: it stays in its own row.
+    """
+    _check_tensor("x", x, 2, (DTYPE[config.dtype],), device)
+    _check_tensor("ids", ids, 2, (torch.int32, torch.int64), device)
+    _check_tensor("weights", weights, 2, (torch.float32,), device)
+    if x.shape[1] != config.hidden:
+        raise ValueError(f"x must have hidden ({config.hidden}) columns, got {x.shape[1]}")
+    for name, tensor in (("ids", ids), ("weights", weights)):
+        if tensor.shape != (x.shape[0], config.choices):
+            raise ValueError(
+                f"{name} must have shape ({x.shape[0]}, {config.choices}): the rows of x, the "
+                f"choices of the config; got {tuple(tensor.shape)}"
+            )
+    check_context(config, context, x.shape[0], rank, ranks)
+    if device.type == "cpu" and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < -1 or high >= config.experts:
+            raise ValueError(
+                f"ids must be in -1..{config.experts - 1}, got {low if low < -1 else high}"
+            )
+
+
+def check_context(
+    config: MoEConfig, context: ForwardContext | None, rows: int, rank: int, ranks: int
+) -> None:
+    """Rows against capacity, and the context against this rank."""
+    if context is not None and not isinstance(context, ForwardContext):
+        raise TypeError(f"context must be a ForwardContext, got {type(context).__name__}")
+    if context is None or context.rows is None:
+        if rows > config.max_rows:
+            raise ValueError(
+                f"x has {rows} rows, max_rows is {config.max_rows}; more rows need a context with "
+                "the rows of every rank, so that all ranks cut the same chunks"
+            )
+        return
+    if len(context.rows) != ranks:
+        raise ValueError(f"context.rows must name {ranks} ranks, got {len(context.rows)}")
+    if context.rows[rank] != rows:
+        raise ValueError(
+            f"context.rows[{rank}] is {context.rows[rank]}, but x has {rows} rows on this rank"
+        )
+
+
+def check_weights(
+    declared: Sequence[SlotTensor],
+    shared: Sequence[SlotTensor],
+    given: Mapping[str, Tensor],
+    slots: int,
+    device: torch.device,
+) -> None:
+    """Exactly the declared tensors, each with the slots of this rank in front."""
+    wanted = {t.name: ((slots, *t.shape), t.dtype) for t in declared}
+    wanted |= {t.name: (t.shape, t.dtype) for t in shared}
+    if missing := sorted(wanted.keys() - given.keys()):
+        raise ValueError(f"load needs {', '.join(missing)}; wanted are {', '.join(wanted)}")
+    if extra := sorted(given.keys() - wanted.keys()):
+        raise ValueError(f"load got {', '.join(extra)}; wanted are {', '.join(wanted)}")
+    for name, (shape, dtype) in wanted.items():
+        tensor = given[name]
+        _check_tensor(name, tensor, len(shape), (dtype,), device)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, dims: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got {tensor.dim()}")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, got strides {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}; nothing is copied in silence"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad: epmoe computes forward only, use torch.no_grad()")

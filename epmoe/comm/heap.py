@@ -1,0 +1,29 @@
+"""What a heap promises, whatever it is made of."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Heap(Protocol):
+    """All ranks' slabs, equally large, mapped into this process.
+
+    Not promised: any order between stores (words do that), any lifetime of a view after
+    ``close()``, any content but zeros when a heap is new.
+    """
+
+    rank: int
+    ranks: int
+    generation: int  # counts the heaps this group has made; messages and records carry it
+
+    @property
+    def mine(self) -> torch.Tensor:
+        """My slab as bytes."""
+
+    def peer(self, rank: int) -> torch.Tensor:
+        """The slab of ``rank`` as bytes; mine for my own rank."""
+
+    def close(self) -> None:
+        """Unmap; local, never waits, may be called twice.  Views must have been dropped."""

@@ -1,0 +1,199 @@
+"""The verbs in torch on the host heap: the living definition of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmoe.comm import words as signals
+from epmoe.comm.heap import Heap
+from epmoe.comm.layout import Layout, Region, record
+from epmoe.comm.words import C, Words, Y
+from epmoe.config import MoEConfig
+from epmoe.errors import ConfigMismatch, PeerLost
+from epmoe.formats import DTYPE, format_of
+from epmoe.formats.expert import expert
+from epmoe.kernels.ops import HEAD_FIELDS, VERBS
+from epmoe.sched.plan import Plan, plan, request
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """The offsets of a round and, per source, the cells it asked for: private copies, safe to keep
+    after the first Y has left."""
+
+    plan: Plan
+    cells_R: tuple[Tensor, ...]
+
+
+class HostOps:
+    """One layer on one lane.  ``weights`` holds the format's per-slot tensors of this rank."""
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        heap: Heap,
+        placed: Layout,
+        *,
+        layer: int,
+        lane: int,
+        words: Words,
+        weights: Mapping[str, Tensor],
+        describe: Callable[[int], str],
+    ) -> None:
+        self.config, self.words, self.weights, self.describe = config, words, weights, describe
+        self.rank, self.ranks = heap.rank, heap.ranks
+        at = placed.lanes[lane][layer]
+        slabs = [heap.peer(rank) for rank in range(self.ranks)]
+
+        def everywhere(name: str, dtype: torch.dtype) -> list[Tensor]:
+            return [_view(slab, at[name], dtype) for slab in slabs]
+
+        self._heads = everywhere("heads", torch.int64)
+        self._counts = everywhere("counts", torch.int32)
+        self._lists = everywhere("lists", torch.int32)
+        self._weights = everywhere("weights", torch.float32)
+        # Records are moved as 64-bit items: their size is a multiple of 16 bytes.
+        self._rows = [rows.view(torch.int64) for rows in everywhere("rows", torch.uint8)]
+        self._results = everywhere("results", DTYPE[config.dtype])
+        self._parts = record(config)[0]
+
+    def stage(
+        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, head: tuple[int, ...], round: int
+    ) -> None:
+        """See ``Ops``.  Every peer gets its mailbox before its word, also when it is empty."""
+        rows = len(x_TH)
+        mine = self._rows[self.rank][:rows].view(torch.uint8)
+        staged = format_of(self.config).stage_rows(self.config, self.weights, x_TH)
+        for name, (at, part) in self._parts.items():
+            mine[:, at : at + part.nbytes] = staged[name].flatten(1).view(torch.uint8)
+        self._weights[self.rank][:rows] = weights_TK
+        signals.pause()
+        ask = request(slots_TK, self.ranks, self.config.slots_per_rank(self.ranks))
+        head_8 = torch.tensor(head)
+        for peer in self._from_my_right():
+            self._heads[peer][self.rank] = head_8
+            self._counts[peer][self.rank] = ask.counts_RL[peer]
+            signals.pause()
+            cells = ask.cells_for(peer)
+            self._lists[peer][self.rank, : len(cells)] = cells
+            signals.pause()
+            self.words.publish(C, peer, round, len(cells))
+
+    def wait_plan(self, round: int, limit_s: float) -> HostPlan:
+        """See ``Ops``.  After the first Y a mailbox may hold the next round: copy it here."""
+        asked_R = self.words.wait(C, round, limit_s)
+        heads = self._heads[self.rank].clone()
+        counts_RL = self._counts[self.rank].to(torch.int64)
+        cells_R = tuple(
+            self._lists[self.rank][src, :asked].to(torch.int64) for src, asked in enumerate(asked_R)
+        )
+        self._check_heads(heads, round)
+        cells = self.config.max_rows * self.config.choices
+        for src, asked in enumerate(asked_R):
+            counts_L, cells_N = counts_RL[src], cells_R[src]
+            if int(counts_L.sum()) != asked or int(counts_L.min()) < 0:
+                self._corrupt(src, round, f"counts {counts_L.tolist()} for a word of {asked} rows")
+            if asked and not 0 <= int(cells_N.min()) <= int(cells_N.max()) < cells:
+                self._corrupt(src, round, f"a list entry outside 0..{cells - 1}")
+        return HostPlan(plan(counts_RL), cells_R)
+
+    def pull(self, plan: HostPlan) -> tuple[Tensor, Tensor]:
+        """See ``Ops``: the records of all asked rows, and the router weights of their choices."""
+        records = torch.empty(plan.plan.rows, self._rows[0].shape[1], dtype=torch.int64)
+        weights = torch.empty(plan.plan.rows if self.config.weight_in == "fc2" else 0)
+        for src in self._from_my_right():
+            cells = plan.cells_R[src]
+            span = plan.plan.source(src)
+            torch.index_select(self._rows[src], 0, cells // self.config.choices, out=records[span])
+            if self.config.weight_in == "fc2":
+                weights[span] = self._weights[src].view(-1)[cells]
+            signals.pause()
+        return records, weights
+
+    def ffn(self, rows: tuple[Tensor, Tensor], plan: HostPlan) -> Tensor:
+        """See ``Ops``.  A slot's rows are gathered in (source, token, choice) order: one GEMM."""
+        records, weights = rows
+        raw = records.view(torch.uint8)
+        parts = {
+            name: raw[:, at : at + part.nbytes].view(part.dtype).view(len(raw), *part.shape)
+            for name, (at, part) in self._parts.items()
+        }
+        y_NH = torch.empty(len(raw), self.config.hidden, dtype=DTYPE[self.config.dtype])
+        for slot in range(self.config.slots_per_rank(self.ranks)):
+            pieces = plan.plan.pieces(slot)
+            if not pieces:
+                continue
+            mine = {name: torch.cat([part[p] for p in pieces]) for name, part in parts.items()}
+            weights_T = torch.cat([weights[p] for p in pieces])  # empty unless fc2 applies them
+            y_TH = expert(self.config, self.weights, slot, mine, weights_T)
+            for p, y in zip(pieces, y_TH.split([p.stop - p.start for p in pieces]), strict=True):
+                y_NH[p] = y
+        return y_NH
+
+    def push(self, y_NH: Tensor, plan: HostPlan, round: int) -> None:
+        """See ``Ops``.  A source with no row for me gets its Y all the same: it waits for it."""
+        for src in self._from_my_right():
+            self._results[src].index_copy_(0, plan.cells_R[src], y_NH[plan.plan.source(src)])
+            signals.pause()
+            self.words.publish(Y, src, round, 0)
+
+    def reduce(
+        self,
+        slots_TK: Tensor,
+        weights_TK: Tensor,
+        shared_TH: Tensor | None,
+        round: int,
+        limit_s: float,
+    ) -> Tensor:
+        """See ``Ops``.  The cell of an unused choice holds some older round's bits: never read."""
+        self.words.wait(Y, round, limit_s)
+        rows, choices = slots_TK.shape
+        cells = self._results[self.rank][: rows * choices].view(rows, choices, self.config.hidden)
+        out = torch.zeros(rows, self.config.hidden)
+        for k in range(choices):
+            term = cells[:, k].float()
+            if self.config.weight_in == "reduce":
+                term = weights_TK[:, k, None] * term
+            out += torch.where(slots_TK[:, k, None] >= 0, term, 0.0)
+        if shared_TH is not None:
+            out += shared_TH
+        return out.to(DTYPE[self.config.dtype])
+
+    def close(self) -> None:
+        """See ``Ops``."""
+        for views in (self._heads, self._counts, self._lists, self._weights, self._rows):
+            views.clear()
+        self._results.clear()
+
+    def _from_my_right(self) -> list[int]:
+        """All ranks, my right neighbour first, me last: no rank is everyone's first."""
+        return [(self.rank + 1 + step) % self.ranks for step in range(self.ranks)]
+
+    def _check_heads(self, heads: Tensor, round: int) -> None:
+        mine = heads[self.rank].tolist()
+        for src, theirs in enumerate(heads.tolist()):
+            for name, a, b in zip(HEAD_FIELDS, mine, theirs, strict=True):
+                if a != b:
+                    if name == "verb" and 0 <= b < len(VERBS):
+                        a, b = VERBS[a], VERBS[b]
+                    raise ConfigMismatch(
+                        f"round {round}: {name} is {a} on {self.describe(self.rank)} and {b} on "
+                        f"{self.describe(src)}; ranks must make the same calls in the same order"
+                    )
+
+    def _corrupt(self, src: int, round: int, what: str) -> None:
+        raise PeerLost(
+            f"the mailbox of {self.describe(src)} holds {what} in round {round}\n"
+            f"{self.words.report()}\n  This heap is closed on all ranks.",
+            ranks=(src,),
+            how="corrupt",
+            round=round,
+        )
+
+
+def _view(slab: Tensor, region: Region, dtype: torch.dtype) -> Tensor:
+    return slab[region.at : region.at + region.bytes].view(dtype).view(region.shape)

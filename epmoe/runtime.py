@@ -1,0 +1,167 @@
+"""One heap and its lanes, shared by the layers that were opened together: opened, poisoned, closed.
+
+A fault makes the heap unusable, never the process: the error is kept, every peer is told in which
+round this rank left, and all later calls raise.  Whoever wants to go on opens a new heap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from epmoe import comm
+from epmoe.comm.group import Group
+from epmoe.comm.heap import Heap
+from epmoe.comm.layout import Layout, layout
+from epmoe.comm.words import ROUNDS, LastWords, Words
+from epmoe.config import MoEConfig
+from epmoe.errors import ConfigMismatch, EpmoeError, PeerLost
+
+PROTOCOL = 1  # what two ranks must agree on beside their configs: words, layout, order of a round
+
+
+@dataclass(slots=True)
+class Lane:
+    """One stream of rounds: its words, the round that comes next, and who is in it."""
+
+    words: Words
+    round: int = 1
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Runtime:
+    """What the layers on one heap share.  Made by ``open`` only; ``close`` is local."""
+
+    def __init__(
+        self, configs: Sequence[MoEConfig], group: Group, heap: Heap, placed: Layout
+    ) -> None:
+        self.configs, self.group, self.heap, self.placed = tuple(configs), group, heap, placed
+        self.pid = os.getpid()
+        self.fault: BaseException | None = None
+        self.closed = False
+        self.views: list[
+            Callable[[], None]
+        ] = []  # what must let go before the heap can be unmapped
+        self.lanes = [
+            Lane(
+                Words(
+                    heap,
+                    placed,
+                    lane,
+                    lost=group.watch.lost,
+                    describe=self.describe,
+                    state_of=self.state_of,
+                )
+            )
+            for lane in range(configs[0].lanes)
+        ]
+
+    @classmethod
+    def open(cls, configs: Sequence[MoEConfig], group: Group) -> Runtime:
+        """Compare configs, then make and map the heap: every rank succeeds or every rank raises."""
+        limit_s = configs[0].open_s
+        compare(configs, group, limit_s)
+        placed = layout(configs, group.size)
+        heap = comm.open_heap(configs[0].heap, group, placed.total, generation=1, limit_s=limit_s)
+        return cls(configs, group, heap, placed)
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[Lane]:
+        """The lane for one forward: in order, one caller at a time, never after a fault.
+
+        Whatever leaves the body as an exception poisons the heap and tells the peers in which round
+        this rank left; a refused batch must therefore be raised outside.
+        """
+        self.check()
+        if not 0 <= number < len(self.lanes):
+            raise ValueError(f"lane must be in 0..{len(self.lanes) - 1}, got {number}")
+        lane = self.lanes[number]
+        if not lane.busy.acquire(blocking=False):
+            raise EpmoeError(
+                f"rank {self.group.rank}: lane {number} is in round {lane.round} already; another "
+                "thread needs a lane of its own (config.lanes)"
+            )
+        try:
+            yield lane
+        except BaseException as error:
+            self.poison(error, lane.round)
+            raise
+        finally:
+            lane.busy.release()
+
+    def limit_s(self, lane: Lane) -> float:
+        """The first round may wait for a peer that still compiles or loads; later ones may not."""
+        return self.configs[0].open_s if lane.round == 1 else self.configs[0].stall_s
+
+    def describe(self, rank: int) -> str:
+        """How messages name a rank: its number, pid and host."""
+        return str(self.group.peers[rank])
+
+    def state_of(self, rank: int) -> str:
+        """The operating system's word for what the process of ``rank`` is doing."""
+        return self.group.watch.state_of(self.group.peers[rank])
+
+    def check(self) -> None:
+        """Raise what makes this heap unusable here, if anything does."""
+        if os.getpid() != self.pid:
+            raise EpmoeError(
+                f"this MoE was opened by pid {self.pid} and is used in pid {os.getpid()}; "
+                "a forked child cannot take part"
+            )
+        if self.closed:
+            raise EpmoeError(f"rank {self.group.rank}: this MoE is closed")
+        if self.fault is not None:
+            raise EpmoeError(
+                f"rank {self.group.rank}: this heap is unusable since {self.fault}"
+            ) from self.fault
+
+    def poison(self, error: BaseException, round: int) -> None:
+        """Remember the first fault and tell every peer in every lane that this rank has left."""
+        if self.fault is not None or self.closed:
+            return
+        self.fault = error
+        if isinstance(error, PeerLost):
+            why = LastWords(error.how, error.ranks, round, str(error).split("\n", 1)[0])
+        else:
+            text = f"{type(error).__name__}: {error}"
+            why = LastWords("raised", (self.group.rank,), round, text)
+        self._leave(why, {id(lane): lane.round for lane in self.lanes})
+
+    def close(self) -> None:
+        """Leave, tell the peers, unmap.  Waits for nobody; may be called twice."""
+        if self.closed or os.getpid() != self.pid:
+            return
+        if self.fault is None:
+            text = f"rank {self.group.rank} closed its MoE"
+            self._leave(LastWords("closed", (self.group.rank,), self.lanes[0].round, text), {})
+        self.closed = True
+        for let_go in self.views:
+            let_go()
+        for lane in self.lanes:
+            lane.words.close()
+        self.heap.close()
+
+    def _leave(self, why: LastWords, rounds: dict[int, int]) -> None:
+        for lane in self.lanes:
+            round = rounds.get(id(lane), lane.round) % ROUNDS
+            lane.words.leave(LastWords(why.how, why.ranks, round, why.text))
+
+
+def compare(configs: Sequence[MoEConfig], group: Group, limit_s: float) -> None:
+    """Every field of every layer, and the protocol, on all ranks: equal, or all ranks raise."""
+    facts = {"protocol": str(PROTOCOL), "layers": str(len(configs))}
+    for layer, config in enumerate(configs):
+        facts |= {f"layer {layer} {name}": value for name, value in config.described().items()}
+    answers = group.allgather(json.dumps(facts).encode(), what="configs", limit_s=limit_s)
+    everyone = [json.loads(answer) for answer in answers]
+    for rank, theirs in enumerate(everyone):
+        for name in everyone[0] | theirs:
+            here, there = everyone[0].get(name), theirs.get(name)
+            if here != there:
+                raise ConfigMismatch(
+                    f"{name} is {here} on {group.peers[0]} and {there} on {group.peers[rank]}"
+                )

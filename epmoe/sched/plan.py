@@ -1,0 +1,85 @@
+"""Counts of all sources → every offset of the round on this rank, and what each source asks for.
+
+Pure: the host ops call it, the device kernels compute the same numbers from the same counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What this rank asks of every rank: cells (token * K + choice) grouped by slot.
+
+    ``cells_N`` lists the live choices in order of slot, ascending inside a slot; ``counts_RL`` says
+    how many of them go to each slot of each rank.
+    """
+
+    cells_N: Tensor
+    counts_RL: Tensor
+
+    def cells_for(self, rank: int) -> Tensor:
+        """The cells whose experts live on ``rank``, grouped by its slots."""
+        sent_R = self.counts_RL.sum(1)
+        start = int(sent_R[:rank].sum())
+        return self.cells_N[start : start + int(sent_R[rank])]
+
+
+def request(slots_TK: Tensor, ranks: int, slots_per_rank: int) -> Request:
+    """Which cells go where; a choice of -1 goes nowhere, a slot named twice is asked twice.
+
+    >>> ask = request(torch.tensor([[3, 0], [-1, 3]]), ranks=2, slots_per_rank=2)
+    >>> ask.cells_N.tolist(), ask.counts_RL.tolist()
+    ([1, 0, 3], [[1, 0], [0, 2]])
+    """
+    flat = slots_TK.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    unused = int((flat < 0).sum())
+    counts = torch.bincount(flat[order[unused:]], minlength=ranks * slots_per_rank)
+    return Request(order[unused:].to(torch.int32), counts.view(ranks, slots_per_rank))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where every row of the round lies on this rank, in the order (source, slot, list).
+
+    ``starts_R1[r]`` is the first row of source r; ``starts_RL[r][l]`` its first row for slot l.
+    """
+
+    counts_RL: tuple[tuple[int, ...], ...]
+    starts_R1: tuple[int, ...]
+    starts_RL: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of this rank in this round."""
+        return self.starts_R1[-1]
+
+    def source(self, rank: int) -> slice:
+        """Rows that came from ``rank``."""
+        return slice(self.starts_R1[rank], self.starts_R1[rank + 1])
+
+    def pieces(self, slot: int) -> list[slice]:
+        """Rows of a local slot, one slice per source that sent any, sources ascending."""
+        return [
+            slice(starts[slot], starts[slot] + counts[slot])
+            for starts, counts in zip(self.starts_RL, self.counts_RL, strict=True)
+            if counts[slot]
+        ]
+
+
+def plan(counts_RL: Tensor) -> Plan:
+    """Offsets from how many rows each source sends to each local slot.
+
+    >>> plan(torch.tensor([[2, 0], [1, 3]])).pieces(0)
+    [slice(0, 2, None), slice(2, 3, None)]
+    """
+    starts = (counts_RL.reshape(-1).cumsum(0) - counts_RL.reshape(-1)).view(counts_RL.shape)
+    per_source = counts_RL.sum(1).cumsum(0).tolist()
+    return Plan(
+        tuple(map(tuple, counts_RL.tolist())), (0, *per_source), tuple(map(tuple, starts.tolist()))
+    )
