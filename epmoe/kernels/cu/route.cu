@@ -1,0 +1,250 @@
+// Logits -> ids, weights, slots, load counts: one warp per row, one launch, no shared memory.
+//
+// Does, operation by operation, what sched/route.py and sched/score.py define: every rounding is
+// spelled with an intrinsic that the compiler may not fuse, so ids, weights and slots have the same
+// bits as on the host.  Plain and redundant are one kernel: without tables nothing is looked up.
+//
+// A lane holds RUN neighbouring experts of one group, LANES lanes share a group, so expert numbers
+// grow with the lane: of equal keys the lowest lane has the lowest expert.
+//
+// Constants from kernels/route.py: E K GROUPS KEEP LANES RUN; SCORE (0 softmax, 1 softmax_chosen,
+// 2 sigmoid) BIAS RENORMALISE; ITEM bytes of a logit, HALF (fp16, not bf16); WIDE bytes of one load
+// (0: value by value); WARPS; EXP_LIMIT EXP_ROUND LOG2_E LN2_HIGH LN2_LOW EXP_Q0..4.
+
+typedef unsigned int u32;
+
+constexpr u32 ALL = 0xffffffffu;
+constexpr int SIZE = E / GROUPS;  // experts of a group
+constexpr bool WHOLE = SIZE == LANES * RUN && GROUPS * LANES == 32;  // no lane has a gap
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ bool finite(float f) { return fabsf(f) < infinity(); }
+
+// Unsigned numbers in the order of the floats; -0 equals +0; 0 is below all: "cannot be chosen".
+__device__ __forceinline__ u32 ordered(float f) {
+    const u32 bits = __float_as_uint(__fadd_rn(f, 0.0f));
+    return bits ^ (u32(int(bits) >> 31) | 0x80000000u);
+}
+__device__ __forceinline__ float unordered(u32 key) {
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// score.exp: the integer part of z / ln 2 sits in the low bits of the shifted number.
+__device__ __forceinline__ float exponential(float z) {
+    z = fminf(fmaxf(z, -EXP_LIMIT), EXP_LIMIT);
+    const float shifted = __fadd_rn(__fmul_rn(z, LOG2_E), EXP_ROUND);
+    const float n = __fsub_rn(shifted, EXP_ROUND);
+    const float r = __fsub_rn(__fsub_rn(z, __fmul_rn(n, LN2_HIGH)), __fmul_rn(n, LN2_LOW));
+    float q = __fadd_rn(__fmul_rn(EXP_Q4, r), EXP_Q3);
+    q = __fadd_rn(__fmul_rn(q, r), EXP_Q2);
+    q = __fadd_rn(__fmul_rn(q, r), EXP_Q1);
+    q = __fadd_rn(__fmul_rn(q, r), EXP_Q0);
+    const float e = __fadd_rn(__fadd_rn(__fmul_rn(__fmul_rn(r, r), q), r), 1.0f);
+    return __fmul_rn(e, __uint_as_float((__float_as_uint(shifted) + 127u) << 23));
+}
+__device__ __forceinline__ float sigmoid(float x) {
+    return __frcp_rn(__fadd_rn(exponential(-x), 1.0f));
+}
+
+__device__ __forceinline__ float widened(u32 half) {
+#if HALF
+    float f;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(half & 0xffffu));
+    return f;
+#else
+    return __uint_as_float(half << 16);
+#endif
+}
+
+__device__ __forceinline__ float logit(const void* logits, long long at) {
+#if ITEM == 4
+    return __ldg(static_cast<const float*>(logits) + at);
+#else
+    return widened(__ldg(static_cast<const unsigned short*>(logits) + at));
+#endif
+}
+
+// The lane's logits; a place without an expert reads NaN, which can never be chosen.
+__device__ __forceinline__ void load(float (&x)[RUN], const void* logits, long long row, int base,
+                                     int held) {
+#if WIDE
+    constexpr int PIECES = RUN * ITEM / WIDE;
+    u32 raw[RUN * ITEM / 4];
+    const char* from = static_cast<const char*>(logits) + (row * E + base) * ITEM;
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+#if WIDE == 16
+        const uint4 w = __ldg(reinterpret_cast<const uint4*>(from) + i);
+        raw[4 * i] = w.x, raw[4 * i + 1] = w.y, raw[4 * i + 2] = w.z, raw[4 * i + 3] = w.w;
+#elif WIDE == 8
+        const uint2 w = __ldg(reinterpret_cast<const uint2*>(from) + i);
+        raw[2 * i] = w.x, raw[2 * i + 1] = w.y;
+#else
+        raw[i] = __ldg(reinterpret_cast<const u32*>(from) + i);
+#endif
+    }
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) {
+#if ITEM == 4
+        x[v] = __uint_as_float(raw[v]);
+#else
+        x[v] = widened(v & 1 ? raw[v / 2] >> 16 : raw[v / 2] & 0xffffu);
+#endif
+    }
+#else
+#pragma unroll
+    for (int v = 0; v < RUN; ++v)
+        x[v] = WHOLE || v < held ? logit(logits, row * E + base + v) : __int_as_float(0x7fffffff);
+#endif
+}
+
+// placement._mixed: which replica token and expert lead to, the same on every machine.
+__device__ __forceinline__ u32 mixed(u32 token, u32 expert) {
+    constexpr u32 MASK = 0x7fffffffu;
+    u32 x = (token * 0x9E3779B1u + expert * 0x85EBCA77u) & MASK;
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6Du) & MASK;
+    x = ((x ^ (x >> 12)) * 0x297A2D39u) & MASK;
+    return x ^ (x >> 15);
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+route(const void* logits, const float* bias_E, const int* replicas_EX, const int* counts_E,
+      unsigned long long* loads_E, const int* live, int* ids_TK, float* weights_TK, int* slots_TK,
+      int rows, int width, u32 first, float scale) {
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    const bool padding = live != nullptr && row >= *live;
+
+    const int group = lane / LANES;
+    const int inside = lane % LANES * RUN;
+    const int base = group * SIZE + inside;
+    const int held = WHOLE ? RUN : group < GROUPS ? max(0, min(RUN, SIZE - inside)) : 0;
+
+    // Scores and keys.  A key of 0 cannot be chosen.
+    float x[RUN];
+    u32 key[RUN];
+    load(x, logits, row, base, held);
+    float most = 0.0f, sum = 0.0f;
+#if SCORE == 0
+    u32 top_logit = 0;
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) top_logit = max(top_logit, finite(x[v]) ? ordered(x[v]) : 0u);
+    most = unordered(__reduce_max_sync(ALL, top_logit));
+    float e[RUN];
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) {
+        e[v] = finite(x[v]) ? exponential(__fsub_rn(x[v], most)) : 0.0f;
+        sum = v ? __fadd_rn(sum, e[v]) : e[0];
+    }
+#pragma unroll
+    for (int half = 16; half; half /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(ALL, sum, half));
+#endif
+    float by[RUN];
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) {
+#if SCORE == 2
+        by[v] = sigmoid(x[v]);
+#elif SCORE == 0 && BIAS
+        by[v] = __fdiv_rn(e[v], sum);
+#else
+        by[v] = x[v];
+#endif
+#if BIAS
+        by[v] = __fadd_rn(by[v], WHOLE || v < held ? __ldg(bias_E + base + v) : 0.0f);
+#endif
+        key[v] = finite(x[v]) && finite(by[v]) && !padding ? ordered(by[v]) : 0u;
+    }
+
+#if GROUPS > 1
+    // A group is worth the sum of its two best.  Its rank: how many groups stand before it.
+    float best = -infinity(), second = -infinity();
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) {
+        const float b = key[v] ? by[v] : -infinity();
+        second = fmaxf(second, fminf(best, b));
+        best = fmaxf(best, b);
+    }
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) {
+        const float best2 = __shfl_xor_sync(ALL, best, step);
+        const float second2 = __shfl_xor_sync(ALL, second, step);
+        second = fmaxf(fminf(best, best2), fmaxf(second, second2));
+        best = fmaxf(best, best2);
+    }
+    const float worth = __fadd_rn(best, second == -infinity() ? 0.0f : second);
+    const u32 group_key = best == -infinity() ? 0u : ordered(worth);
+    int before = 0;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+        const u32 other = __shfl_sync(ALL, group_key, g * LANES);
+        before += other > group_key || (other == group_key && g < group);
+    }
+    if (before >= KEEP) {
+#pragma unroll
+        for (int v = 0; v < RUN; ++v) key[v] = 0;
+    }
+#endif
+
+    // K times: the largest key of the warp; of equals the lowest lane, in it the lowest place.
+    int mine = -1;  // lane k keeps choice k
+    u32 highest = 0;
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) highest = max(highest, key[v]);
+#pragma unroll 1
+    for (int k = 0; k < K; ++k) {
+        const u32 top = __reduce_max_sync(ALL, highest);
+        if (top == 0) break;
+        const int owner = __ffs(__ballot_sync(ALL, highest == top)) - 1;
+        int place = RUN;
+#pragma unroll
+        for (int v = 0; v < RUN; ++v) place = min(place, key[v] == top ? v : RUN);
+        const int chosen = __shfl_sync(ALL, base + place, owner);
+        if (lane == k) mine = chosen;
+        if (lane == owner) {
+            highest = 0;
+#pragma unroll
+            for (int v = 0; v < RUN; ++v) {
+                key[v] = v == place ? 0u : key[v];
+                highest = max(highest, key[v]);
+            }
+        }
+    }
+
+    // Weights: the unbiased score again, from the logit (one cached load beats RUN selects).
+    float w = 0.0f;
+    if (mine >= 0) {
+        w = logit(logits, (long long)row * E + mine);
+#if SCORE == 2
+        w = sigmoid(w);
+#elif SCORE == 0
+        w = __fdiv_rn(exponential(__fsub_rn(w, most)), sum);
+#endif
+    }
+#if SCORE == 1
+    const u32 top_chosen = __reduce_max_sync(ALL, mine >= 0 ? ordered(w) : 0u);
+    w = mine >= 0 ? exponential(__fsub_rn(w, unordered(top_chosen))) : 0.0f;
+#endif
+#if RENORMALISE || SCORE == 1
+    float total = __shfl_sync(ALL, w, 0);
+#pragma unroll
+    for (int k = 1; k < K; ++k) total = __fadd_rn(total, __shfl_sync(ALL, w, k));
+    w = __fdiv_rn(w, __fadd_rn(total, 1e-20f));
+#endif
+    w = __fmul_rn(w, scale);
+
+    if (lane >= K) return;
+    const long long cell = (long long)row * K + lane;
+    ids_TK[cell] = mine;
+    weights_TK[cell] = w;
+    if (loads_E != nullptr && mine >= 0) atomicAdd(loads_E + mine, 1ull);
+    if (slots_TK != nullptr) {
+        int slot = -1;
+        if (mine >= 0) {
+            const u32 count = __ldg(counts_E + mine);
+            if (count - 1 < u32(width))  // a broken table leads nowhere, never out of bounds
+                slot = __ldg(replicas_EX + mine * width + mixed(first + row, mine) % count);
+        }
+        slots_TK[cell] = slot;
+    }
+}
