@@ -28,7 +28,7 @@ log = logging.getLogger("epmoe")
 NONCE = 32
 NAME = 24  # "\0epmoe-" and 17 random hex digits
 CALLER_S = 5.0  # a caller that has not said who it is by then is sent away
-WAITING = 64  # most callers of our own user heard at once; one more sends the oldest away
+WAITING = 64  # callers heard at once besides the ranks; one more sends the oldest away
 _HELLO = struct.Struct(f"<8s{NONCE}sII")  # mark, nonce, my rank, ranks
 _MARK = b"epmoe-1\0"
 _CRED = struct.Struct("3i")  # pid, uid, gid
@@ -160,7 +160,7 @@ def _listen(
             log.warning("refused a caller of another user (pid %d, user %d)", pid, uid)
             link.close()
             continue
-        if len(callers) >= WAITING:
+        if len(callers) >= WAITING + len(absent):
             _refuse(callers, next(iter(callers)), "too many callers that say nothing")
         callers[link.fileno()] = _Caller(link, pid, time.monotonic() + CALLER_S)
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from epmoe.comm import door as doors
-from epmoe.comm import meeting as meetings
+from epmoe.comm import launcher, meeting
 from epmoe.comm.fds import close_all
 from epmoe.comm.mesh import LARGEST, Answer, Kind, Mesh
 from epmoe.comm.peer import PACKED, Peer
@@ -31,8 +31,8 @@ class Group:
     and ``fds.pass_fds`` are collective: same order on every rank, one thread at a time.
     """
 
-    def __init__(self, meeting: meetings.Meeting, *, limit_s: float = MEET_S) -> None:
-        self.rank, self.size = meeting.rank, meeting.size
+    def __init__(self, met: meeting.Meeting, *, limit_s: float = MEET_S) -> None:
+        self.rank, self.size = met.rank, met.size
         self._opener = os.getpid()
         self._common: EpmoeError | None = None  # the last error that all ranks raised alike
         self._closed = False
@@ -42,13 +42,13 @@ class Group:
         watch: Watch | None = None
         try:
             me = Peer.me(self.rank)
-            said = meeting.meet(me.pack() + name + share, limit_s)
+            said = met.meet(me.pack() + name + share, limit_s)
             if len(said) != self.size:
                 raise EpmoeError(f"{len(said)} introductions for {self.size} ranks")
             self.peers = tuple(Peer.unpack(r, one[:PACKED]) for r, one in enumerate(said))
             near = [p.rank for p in self.peers if p.near(me)]
             self.one_host = len(near) == self.size
-            known = meeting.local_rank
+            known = met.local_rank
             self.local_rank = near.index(self.rank) if known is None else known
             self.watch = watch = Watch(me, self.peers)
             if self.one_host:
@@ -71,22 +71,22 @@ class Group:
     @classmethod
     def from_env(cls, *, limit_s: float = MEET_S) -> Group:
         """The ranks this process was started with: epmoe.local, torchrun, mpirun, Slurm, alone."""
-        return cls(meetings.from_env(os.environ), limit_s=limit_s)
+        return cls(launcher.from_env(os.environ), limit_s=limit_s)
 
     @classmethod
     def from_torch(cls, process_group: Any = None, *, limit_s: float = MEET_S) -> Group:
         """The ranks of a torch.distributed group (the default one if None); it stays yours."""
-        return cls(meetings.Torch(process_group), limit_s=limit_s)
+        return cls(meeting.Torch(process_group), limit_s=limit_s)
 
     @classmethod
     def from_mpi(cls, comm: Any, *, limit_s: float = MEET_S) -> Group:
         """The ranks of an mpi4py communicator; it stays yours."""
-        return cls(meetings.Mpi(comm), limit_s=limit_s)
+        return cls(meeting.Mpi(comm), limit_s=limit_s)
 
     @classmethod
     def alone(cls) -> Group:
         """One rank, whatever the environment says."""
-        return cls(meetings.Alone())
+        return cls(meeting.Alone())
 
     def allgather(self, value: bytes, *, what: str, limit_s: float) -> list[bytes]:
         """Every rank's ``value``, by rank.
@@ -171,10 +171,10 @@ class Group:
             return ConfigMismatch("ranks call in different order: " + ", ".join(lines))
         return None
 
-    def _leave(self, how: str, text: str) -> None:
+    def _leave(self, how: str, text: str, culprit: int = -1) -> None:
         if self._mesh and not self._mesh.broken:
             self._mesh.broken = PeerLost(f"rank {self.rank} {text}", ranks=(self.rank,), how=how)
-            self._mesh.leave(how, text)
+            self._mesh.leave(how, text, culprit=culprit)
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave: local, waits for nobody, twice is fine.  Peers that still need me are told why."""
@@ -186,6 +186,8 @@ class Group:
                 link.close()
         elif error is None:
             self._leave("closed", "closed the group")
+        elif isinstance(error, PeerLost):
+            self._leave(error.how, str(error), error.ranks[0])
         else:
             self._leave("raised", f"left by {type(error).__name__}: {error}")
         self.watch.close()

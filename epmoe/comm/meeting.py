@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import socket
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -26,74 +24,6 @@ class Meeting(Protocol):
     def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
         """All introductions by rank, within the limit; an ``EpmoeError`` says who is absent."""
         ...
-
-
-def from_env(env: Mapping[str, str]) -> Meeting:
-    """The meeting that this process was started for.
-
-    The order matters: under torchrun mpi4py is a job of one, inside a Slurm allocation mpirun sets
-    its own variables too, so the more special launcher is asked first.
-    """
-    if "EPMOE_HUB_FD" in env:
-        return Hub(int(env["EPMOE_HUB_FD"]), *_place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size, local = _place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if size == 1:
-            return Alone(local)
-        agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        run = f"{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        host, port = _need(env, "MASTER_ADDR"), int(_need(env, "MASTER_PORT"))
-        return Store(host, port, run, rank, size, local, hosted=agent)
-    for names in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ):
-        if names[0] in env and names[1] in env:
-            return mpi_world(*_place(env, *names))
-    if "SLURM_PROCID" in env and ("SLURM_STEP_NUM_TASKS" in env or "SLURM_NTASKS" in env):
-        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-        rank, size, local = _place(env, "SLURM_PROCID", tasks, "SLURM_LOCALID")
-        if size == 1:
-            return Alone(local)
-        nodes = env.get("SLURM_STEP_NODELIST") or _need(env, "SLURM_JOB_NODELIST")
-        job, step = int(_need(env, "SLURM_JOB_ID")), int(env.get("SLURM_STEP_ID", "0"))
-        port = slurm_port(job, step)
-        return Store(first_host(nodes), port, f"{job}.{step}", rank, size, local, hosted=False)
-    return Alone()
-
-
-def _need(env: Mapping[str, str], name: str) -> str:
-    if not env.get(name):
-        raise ValueError(f"{name} must be set in the environment of a rank, it is missing")
-    return env[name]
-
-
-def _place(env: Mapping[str, str], rank: str, size: str, local: str) -> tuple[int, int, int | None]:
-    at, of = int(_need(env, rank)), int(_need(env, size))
-    if not 0 <= at < of:
-        raise ValueError(f"{rank} must be from 0 to {size} - 1 ({of - 1}), got {at}")
-    return at, of, int(env[local]) if env.get(local) else None
-
-
-def slurm_port(job: int, step: int) -> int:
-    """A port that every rank of a job step computes alike, below the range of chance ports.
-
-    >>> slurm_port(4711, 0), slurm_port(4711, 1)
-    (19711, 19848)
-    """
-    return 15000 + (job + 137 * step) % 17000
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm list.
-
-    >>> first_host("gpu-a[017-019,30],login")
-    'gpu-a017'
-    """
-    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
-    if not found:
-        raise ValueError(f"SLURM_JOB_NODELIST must begin with a host name, got {nodes!r}")
-    return "".join(part or "" for part in found.groups())
 
 
 class Alone:
@@ -127,8 +57,11 @@ class Hub:
             said = self._hear(hub, limit_s)
             if not said:
                 hub.send(ASK)
-                absent = self._hear(hub, 1.0)[1:].decode() or "unknown (the launcher is silent)"
-                raise EpmoeError(f"the ranks did not meet within {limit_s:g} s; absent: {absent}")
+                said = self._hear(hub, 1.0) or ABSENT + b"unknown, the launcher is silent"
+        if said[:1] == ABSENT:
+            raise EpmoeError(
+                f"the ranks did not meet within {limit_s:g} s; absent: rank {said[1:].decode()}"
+            )
         if said[:1] == LOST:
             ranks = tuple(int(r) for r in said[1:].decode().split(","))
             text = f"rank {said[1:].decode()} ended before the ranks met; seen by rank {self.rank}"
@@ -162,7 +95,7 @@ class Store:
 
     def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
         """Keys hold the run, its restart count and how often this rank has met before."""
-        from torch.distributed import DistError, TCPStore
+        from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
         until = time.monotonic() + limit_s
         serve = self.rank == 0 and not self.hosted
@@ -176,8 +109,8 @@ class Store:
                 wait_for_workers=False,
                 multi_tenant=True,  # torch.distributed may serve or use the same port later
             )
-            time_ = store.add(f"epmoe/{self.run}/met/{self.rank}", 1)
-            keys = [f"epmoe/{self.run}/{time_}/{rank}" for rank in range(self.size)]
+            turn = store.add(f"epmoe/{self.run}/met/{self.rank}", 1)
+            keys = [f"epmoe/{self.run}/{turn}/{rank}" for rank in range(self.size)]
             store.set(keys[self.rank], introduction.hex())
             left = max(0.001, until - time.monotonic())
             try:
@@ -189,7 +122,7 @@ class Store:
                     f"{', '.join(absent)}"
                 ) from error
             found = [bytes.fromhex(store.get(key).decode()) for key in keys]
-            left_key = f"epmoe/{self.run}/{time_}/left"
+            left_key = f"epmoe/{self.run}/{turn}/left"
             store.add(left_key, 1)
             while serve and store.add(left_key, 0) < self.size and time.monotonic() < until:
                 time.sleep(0.001)  # a store that is served here ends with this call
@@ -219,27 +152,6 @@ class Mpi:
                 )
             time.sleep(0.0005)
         return [bytes(found[i : i + long]) for i in range(0, len(found), long)]
-
-
-def mpi_world(rank: int, size: int, local: int | None) -> Meeting:
-    """MPI's world as the launcher's variables describe it."""
-    if size == 1:
-        return Alone(local)
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise EpmoeError(
-            f"an MPI launcher started {size} ranks, but mpi4py is not usable here ({error}); "
-            f"pip install 'epmoe[mpi]', or start by torchrun"
-        ) from error
-    world = MPI.COMM_WORLD
-    if (world.Get_rank(), world.Get_size()) != (rank, size):
-        raise EpmoeError(
-            f"the launcher says rank {rank} of {size}, mpi4py says {world.Get_rank()} of "
-            f"{world.Get_size()}: they belong to different MPIs (mpi4py runs on "
-            f"{MPI.Get_library_version().split(',')[0]}); use the mpirun of that one"
-        )
-    return Mpi(world, local)
 
 
 class Torch:
