@@ -42,11 +42,11 @@ def reference_moe(
 
     terms_NH = torch.zeros(len(x_NH), config.hidden)
     for e in range(config.experts):
-        rows = torch.nonzero(ids_N == e).flatten()
-        if len(rows):
+        of_N = torch.nonzero(ids_N == e).flatten()
+        if len(of_N):
             of_e = {name: w[e] for name, w in experts.items() if not name.startswith("shared_")}
-            early = weights_N[rows] if config.weight_in == "fc2" else None
-            terms_NH[rows] = _expert(x_NH[rows], of_e, config, dtype, early)
+            early = weights_N[of_N] if config.weight_in == "fc2" else None
+            terms_NH[of_N] = _expert(x_NH[of_N], of_e, config, dtype, early)
 
     outs, at = [], 0
     for x_TH, ids_TK, weights_TK in zip(x_RTH, ids_RTK, weights_RTK, strict=True):

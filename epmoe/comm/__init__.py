@@ -22,4 +22,8 @@ def open_heap(kind: str, group: Group, nbytes: int, *, generation: int, limit_s:
             from epmoe.comm.host import HostHeap
 
             return HostHeap(group, nbytes, generation=generation, limit_s=limit_s)
-    raise EpmoeError(f"heap {kind!r} is not built yet; this version has: host")
+        case "cuda":
+            from epmoe.comm.cuda import CudaHeap
+
+            return CudaHeap(group, nbytes, generation=generation, limit_s=limit_s)
+    raise EpmoeError(f"heap {kind!r} is not built yet; this version has: host, cuda")

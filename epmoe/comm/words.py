@@ -213,4 +213,4 @@ class Words:
 
 
 def _cells(slab: torch.Tensor, at: int, count: int) -> memoryview:
-    return memoryview(slab[at : at + 8 * count].numpy()).cast("B").cast("Q")
+    return slab[at : at + 8 * count].numpy().data.cast("Q")

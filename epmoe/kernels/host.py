@@ -130,7 +130,9 @@ class HostOps:
             mine = {name: torch.cat([part[p] for p in pieces]) for name, part in parts.items()}
             weights_T = torch.cat([weights[p] for p in pieces])  # empty unless fc2 applies them
             y_TH = expert(self.config, self.weights, slot, mine, weights_T)
-            for p, y in zip(pieces, y_TH.split([p.stop - p.start for p in pieces]), strict=True):
+            for p, y in zip(
+                pieces, torch.split(y_TH, [p.stop - p.start for p in pieces]), strict=True
+            ):
                 y_NH[p] = y
         return y_NH
 
