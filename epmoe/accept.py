@@ -10,6 +10,8 @@ from torch import Tensor
 from epmoe.config import MoEConfig
 from epmoe.context import ForwardContext
 from epmoe.formats import DTYPE, SlotTensor
+from epmoe.sched.freight import PIECE
+from epmoe.sched.placement import Placement
 
 
 def check_batch(
@@ -66,6 +68,36 @@ def check_context(
         raise ValueError(
             f"context.rows[{rank}] is {context.rows[rank]}, but x has {rows} rows on this rank"
         )
+
+
+def check_epoch(context: ForwardContext | None, epoch: int) -> None:
+    """A caller that routed for one placement must not be served by another."""
+    if context is not None and context.epoch and context.epoch != epoch:
+        raise ValueError(
+            f"context.epoch must be 0 or that of the placement in force ({epoch}), "
+            f"got {context.epoch}"
+        )
+
+
+def check_placement(
+    config: MoEConfig, placement: Placement, budget: int | None, ranks: int
+) -> None:
+    """A placement of this layer's experts on its slots, and a budget that a round can carry."""
+    if not isinstance(placement, Placement):
+        raise TypeError(f"placement must be a Placement, got {type(placement).__name__}")
+    for name, wanted in (("experts", config.experts), ("slots", config.places), ("ranks", ranks)):
+        if getattr(placement, name) != wanted:
+            raise ValueError(f"placement must have {wanted} {name}, got {getattr(placement, name)}")
+    if config.freight < PIECE:
+        raise ValueError(
+            f"freight must be at least {PIECE} bytes for experts to move, got {config.freight}"
+        )
+    if budget is not None:
+        if not PIECE <= budget <= config.freight:
+            raise ValueError(f"budget must be in {PIECE}..{config.freight} (freight), got {budget}")
+        if config.lanes > 1:
+            # Rounds of different lanes have no common order: they could not switch together.
+            raise ValueError(f"budget needs a layer with one lane, got {config.lanes} lanes")
 
 
 def check_weights(

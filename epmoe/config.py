@@ -37,6 +37,7 @@ class MoEConfig:
     clamp: float = math.inf  # gate <= clamp, -clamp <= up <= clamp, before the activation
     weight_in: str = "reduce"  # where the router weight is applied: reduce | fc2 (before 2nd GEMM)
     shared_inner: int = 0  # inner width of the shared expert that every rank holds; 0 means none
+    freight: int = 1 << 20  # most bytes of slots that one round moves when experts change places
     lanes: int = 1  # rounds that may be under way at once; each lane has its own regions
     heap: str = "host"  # host | cuda | nvshmem
     stall_s: float = 30.0  # a live peer that publishes nothing for this long is reported
@@ -46,7 +47,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("experts", "choices", "hidden", "inner", "max_rows", "lanes"):
             self._at_least(name, 1)
-        for name in ("slots", "shared_inner"):
+        for name in ("slots", "shared_inner", "freight"):
             self._at_least(name, 0)
         if self.choices > self.experts:
             raise ValueError(

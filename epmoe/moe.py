@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -9,16 +10,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from epmoe.accept import check_batch, check_weights
+from epmoe.accept import check_batch, check_epoch, check_placement, check_weights
 from epmoe.comm.group import Group
 from epmoe.config import MoEConfig
 from epmoe.context import PHASES, ForwardContext
-from epmoe.errors import EpmoeError
-from epmoe.formats import format_of
+from epmoe.errors import ConfigMismatch, EpmoeError
+from epmoe.formats import DTYPE, format_of
 from epmoe.kernels.host import HostOps
 from epmoe.kernels.ops import VERBS, Ops
+from epmoe.migration import Migration
 from epmoe.runtime import Lane, Runtime
 from epmoe.sched.chunks import Chunks, plan_chunks
+from epmoe.sched.loads import Loads
 from epmoe.sched.placement import Placement, choose_slots
 from epmoe.shared import shared_rows, shared_tensors
 
@@ -41,6 +44,9 @@ class MoE:
         self._shared: dict[str, Tensor] = {}
         group = runtime.group
         self.placement = Placement.linear(self.config.experts, self.config.places, group.size)
+        self.epoch = 0  # how often the placement has changed; equal on all ranks in every round
+        self._migration: Migration | None = None
+        self._seen = [Loads(experts=self.config.experts) for _ in range(self.config.lanes)]
         self._ops: list[Ops] = [
             HostOps(
                 self.config,
@@ -111,21 +117,77 @@ class MoE:
                     f"rank {runtime.group.rank}: layer {self.layer} ({self.config.name}) has no "
                     "weights; call load first"
                 )
+            self._switch()
             refused = self._refusal(x, ids, weights, context)
             if refused is not None:
-                x = torch.empty(0, self.config.hidden, dtype=self._row_dtype)
-                ids = torch.empty(0, self.config.choices, dtype=torch.int64)
-                weights = torch.empty(0, self.config.choices)
-            slots = self._slots(ids)
-            chunks = self._chunks(context, len(x), refused)
-            outs = []
+                x, ids, weights = self._nothing()
+                context = context if isinstance(context, ForwardContext) else None
+            slots, chunks = self._slots(ids), self._chunks(context, len(x))
+            phase = PHASES.index(context.phase) if context is not None else 0
+            outs, rows_S = [], torch.zeros(self.config.places, dtype=torch.int64)
             for chunk in range(chunks.count):
                 span = chunks.span(chunk, runtime.group.rank) if refused is None else slice(0, 0)
-                head = self._head(chunks, chunk, context, lane)
-                outs.append(self._round(turn, lane, x[span], slots[span], weights[span], head))
+                head = (
+                    self.layer,
+                    VERBS.index("forward"),
+                    chunks.capacity,
+                    chunk,
+                    chunks.count,
+                    phase,
+                    self.epoch,
+                    lane,
+                )
+                out, counted_S = self._round(turn, lane, x[span], slots[span], weights[span], head)
+                outs.append(out)
+                rows_S += counted_S
+            self._observe(lane, rows_S)
         if refused is not None:
             raise refused
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def place(
+        self, placement: Placement, *, budget: int | None = None, verify: bool = False
+    ) -> None:
+        """Move the experts to ``placement``; answers are the same before, during and after.
+
+        Collective, between rounds.  Without a ``budget`` it returns when the new placement is in
+        force.  With one it returns at once and the coming forwards carry at most that many bytes
+        out of and into each rank; all ranks switch at the start of the same forward.  ``verify``
+        sends a checksum with every slot.  A failure leaves the old placement, on every rank.
+        """
+        config, group, runtime = self.config, self._runtime.group, self._runtime
+        runtime.check()
+        with group.guarded(f"place layer {self.layer} ({config.name})", config.stall_s):
+            check_placement(config, placement, budget, group.size)
+            if self._migration is not None:
+                raise ValueError("placement: the layer is on its way to another one already")
+        asked = json.dumps([placement.expert_of_S, budget, verify]).encode()
+        answers = group.allgather(asked, what="placement", limit_s=config.stall_s)
+        for rank, answer in enumerate(answers):
+            if answer != answers[0]:
+                raise ConfigMismatch(
+                    f"placement differs between {group.peers[0]} and {group.peers[rank]}"
+                )
+        self._migration = Migration(
+            self.placement,
+            placement,
+            format_of(config).tensors(config) if self._weights else (),
+            self._weights,
+            runtime.heap,
+            runtime.placed,
+            budget=config.freight if budget is None else budget,
+            verify=verify,
+        )
+        if budget is None:
+            self._move_all()
+
+    def loads(self) -> Tensor:
+        """Rows every logical expert got lately, from all ranks: the same numbers on every rank.
+
+        float64 of length experts, over the last 1,000 forwards that had rows.  Choices of -1 are
+        not counted.  Readable at any time.
+        """
+        return torch.stack([seen.loads_E for seen in self._seen]).sum(0)
 
     def check(self) -> None:
         """Raise if this layer's heap is closed or unusable; on the host nothing else is pending."""
@@ -148,10 +210,6 @@ class MoE:
             self._runtime.poison(error, self._runtime.lanes[0].round)
         self.close()
 
-    @property
-    def _row_dtype(self) -> torch.dtype:
-        return torch.float32 if self.config.dtype == "fp32" else torch.bfloat16
-
     def _round(
         self,
         turn: Lane,
@@ -160,18 +218,43 @@ class MoE:
         slots: Tensor,
         weights: Tensor,
         head: tuple[int, ...],
-    ) -> Tensor:
-        """Stage, C, plan, pull, experts, push, Y, reduce: see docs/design.md."""
+    ) -> tuple[Tensor, Tensor]:
+        """Stage, C, plan, pull, experts, push, Y, reduce: see docs/design.md.
+
+        Gives my rows' results and the rows of every slot of all ranks.
+        """
         ops, round, limit_s = self._ops[lane], turn.round, self._runtime.limit_s(turn)
+        freight = self._migration if lane == 0 else None
+        if freight is not None:
+            freight.load()
         ops.stage(x, slots, weights, head, round)
         shared = shared_rows(self.config, self._shared, x)  # while the peers' words travel
         plan = ops.wait_plan(round, limit_s)
+        if freight is not None:
+            freight.unload()
         rows = ops.pull(plan)
         y = ops.ffn(rows, plan)
         ops.push(y, plan, round)
         out = ops.reduce(slots, weights, shared, round, limit_s)
         turn.round += 1
-        return out
+        return out, plan.rows_S
+
+    def _move_all(self) -> None:
+        """Rounds without rows until everything has arrived; then the switch."""
+        config = self.config
+        x, ids, weights = self._nothing()
+        with self._runtime.turn(0) as turn:
+            while self._migration is not None and not self._migration.arrived:
+                head = (self.layer, VERBS.index("place"), config.max_rows, 0, 1, 0, self.epoch, 0)
+                self._round(turn, 0, x, ids, weights, head)
+            self._switch()
+
+    def _switch(self) -> None:
+        """Between forwards: put the new placement in force if all of it has arrived."""
+        if self._migration is not None and self._migration.arrived:
+            self._migration.switch()
+            self.placement, self._migration = self._migration.new, None
+            self.epoch += 1
 
     def _refusal(
         self, x: Tensor, ids: Tensor, weights: Tensor, context: ForwardContext | None
@@ -179,38 +262,35 @@ class MoE:
         group = self._runtime.group
         try:
             check_batch(self.config, x, ids, weights, context, group.rank, group.size, self._device)
+            check_epoch(context, self.epoch)
         except (ValueError, TypeError) as error:
             return type(error)(f"rank {group.rank}: {error}")
         return None
 
+    def _nothing(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch without rows."""
+        hidden, choices = self.config.hidden, self.config.choices
+        dtype = DTYPE[self.config.dtype]
+        return (
+            torch.empty(0, hidden, dtype=dtype, device=self._device),
+            torch.empty(0, choices, dtype=torch.int64, device=self._device),
+            torch.empty(0, choices, device=self._device),
+        )
+
     def _slots(self, ids: Tensor) -> Tensor:
-        if self.config.places == self.config.experts:
-            return ids
+        if self.epoch == 0 and self.config.places == self.config.experts:
+            return ids  # the linear placement without replicas is the identity
         return choose_slots(ids, self.placement, rank=self._runtime.group.rank)
 
-    def _chunks(
-        self, context: ForwardContext | None, rows: int, refused: Exception | None
-    ) -> Chunks:
+    def _observe(self, lane: int, rows_S: Tensor) -> None:
+        expert_of_S = torch.tensor(self.placement.expert_of_S)
+        rows_E = torch.zeros(self.config.experts, dtype=torch.int64)
+        rows_E.scatter_add_(0, expert_of_S, rows_S)
+        self._seen[lane] = self._seen[lane].observe(rows_E)
+
+    def _chunks(self, context: ForwardContext | None, rows: int) -> Chunks:
         """From rank-identical numbers only; without a context every rank runs one full chunk."""
         size, max_rows = self._runtime.group.size, self.config.max_rows
-        known = isinstance(context, ForwardContext) and context.rows is not None
-        if known and context is not None and context.rows and len(context.rows) == size:
+        if context is not None and context.rows is not None and len(context.rows) == size:
             return plan_chunks(context.rows, max_rows)
-        return Chunks((tuple(rows for _ in range(size)),), max_rows)
-
-    def _head(
-        self, chunks: Chunks, chunk: int, context: ForwardContext | None, lane: int
-    ) -> tuple[int, ...]:
-        known = isinstance(context, ForwardContext)
-        phase = PHASES.index(context.phase) if known and context is not None else 0
-        epoch = context.epoch if known and context is not None else 0
-        return (
-            self.layer,
-            VERBS.index("forward"),
-            chunks.capacity,
-            chunk,
-            chunks.count,
-            phase,
-            epoch,
-            lane,
-        )
+        return Chunks(((rows,) * size,), max_rows)

@@ -1,6 +1,7 @@
 """The only place where an offset of the symmetric memory is computed.
 
-A slab is the same on every rank: first the rank's last words, then one set of regions per lane.
+A slab is the same on every rank: first the rank's last words and the freight of a migration,
+then one set of regions per lane.
 Layers that share a heap share the regions: each region is as large as the largest layer needs and
 starts at the same offset for all of them, so a fast rank that is already in the next layer's round
 can only write where that round's protocol lets it write.
@@ -64,7 +65,8 @@ def _shapes(config: MoEConfig, ranks: int) -> dict[str, tuple[tuple[int, ...], i
     """Name → (shape, item) of one lane's regions for one layer; who writes each, and when.
 
     ``words`` C, Y, leave: row w, column src is written by rank src only.
-    ``heads``, ``counts``, ``lists``: row src is pushed by rank src before its word C.
+    ``heads``, ``counts``, ``lists``: row src is pushed by rank src before its word C; counts are
+    those of all slots, so that every rank knows every slot's load.
     ``rows``, ``weights``: staged by the owner before its C, pulled by peers before their Y.
     ``results``: cell token * choices + k is pushed by the owner of that choice before its Y.
     """
@@ -72,7 +74,7 @@ def _shapes(config: MoEConfig, ranks: int) -> dict[str, tuple[tuple[int, ...], i
     return {
         "words": ((3, ranks), 8),
         "heads": ((ranks, HEAD), 8),
-        "counts": ((ranks, config.slots_per_rank(ranks)), 4),
+        "counts": ((ranks, config.places), 4),
         "lists": ((ranks, cells), 4),
         "weights": ((config.max_rows, config.choices), 4),
         "rows": ((config.max_rows, record(config)[1]), 1),
@@ -99,8 +101,10 @@ def layout(configs: Sequence[MoEConfig], ranks: int) -> Layout:
         start, at = at, -(-(at + nbytes) // ALIGN) * ALIGN
         return start
 
+    freight = max(config.freight for config in configs)
     rank = {
         "last_words": Region(place(LAST_WORDS), (LAST_WORDS,), 1),
+        "freight": Region(place(freight), (freight,), 1),
     }
     shapes = [_shapes(config, ranks) for config in configs]
     placed = []

@@ -22,11 +22,12 @@ from epmoe.sched.plan import Plan, plan, request
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """The offsets of a round and, per source, the cells it asked for: private copies, safe to keep
-    after the first Y has left."""
+    """The offsets of a round, the cells each source asked for, and the rows of every slot of all
+    ranks: private copies, safe to keep after the first Y has left."""
 
     plan: Plan
     cells_R: tuple[Tensor, ...]
+    rows_S: Tensor
 
 
 class HostOps:
@@ -76,7 +77,7 @@ class HostOps:
         head_8 = torch.tensor(head)
         for peer in self._from_my_right():
             self._heads[peer][self.rank] = head_8
-            self._counts[peer][self.rank] = ask.counts_RL[peer]
+            self._counts[peer][self.rank] = ask.counts_RL.view(-1)
             signals.pause()
             cells = ask.cells_for(peer)
             self._lists[peer][self.rank, : len(cells)] = cells
@@ -87,7 +88,9 @@ class HostOps:
         """See ``Ops``.  After the first Y a mailbox may hold the next round: copy it here."""
         asked_R = self.words.wait(C, round, limit_s)
         heads = self._heads[self.rank].clone()
-        counts_RL = self._counts[self.rank].to(torch.int64)
+        counts_RS = self._counts[self.rank].to(torch.int64)
+        slots = self.config.slots_per_rank(self.ranks)
+        counts_RL = counts_RS[:, self.rank * slots : (self.rank + 1) * slots]
         cells_R = tuple(
             self._lists[self.rank][src, :asked].to(torch.int64) for src, asked in enumerate(asked_R)
         )
@@ -99,7 +102,7 @@ class HostOps:
                 self._corrupt(src, round, f"counts {counts_L.tolist()} for a word of {asked} rows")
             if asked and not 0 <= int(cells_N.min()) <= int(cells_N.max()) < cells:
                 self._corrupt(src, round, f"a list entry outside 0..{cells - 1}")
-        return HostPlan(plan(counts_RL), cells_R)
+        return HostPlan(plan(counts_RL), cells_R, counts_RS.sum(0))
 
     def pull(self, plan: HostPlan) -> tuple[Tensor, Tensor]:
         """See ``Ops``: the records of all asked rows, and the router weights of their choices."""
