@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from epmoe.balancer import Balancer, BalanceRule
 from epmoe.comm.group import Group
 from epmoe.config import MoEConfig
 from epmoe.context import ForwardContext
@@ -15,6 +16,8 @@ from epmoe.sched.route import route
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceRule",
+    "Balancer",
     "ConfigMismatch",
     "EpmoeError",
     "Evicted",

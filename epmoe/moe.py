@@ -181,6 +181,11 @@ class MoE:
         if budget is None:
             self._move_all()
 
+    @property
+    def moving(self) -> bool:
+        """True from ``place`` with a budget until the new placement is in force."""
+        return self._migration is not None
+
     def loads(self) -> Tensor:
         """Rows every logical expert got lately, from all ranks: the same numbers on every rank.
 
