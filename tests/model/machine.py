@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protocol import Protocol
+from model.protocol import Protocol
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from machine import Machine, Wrong
-from protocol import Protocol
+from model.machine import Machine, Wrong
+from model.protocol import Protocol
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ elsewhere; a round that nobody left incomplete is returned.  docs/protocol.md gi
 """
 
 import pytest
-from protocol import AHEAD, FINEST, ROUND, Protocol, one_neighbour
-from search import search
+from model.protocol import AHEAD, FINEST, ROUND, Protocol, one_neighbour
+from model.search import search
 
 FAULTS = ("", "leave", "crash")
 
