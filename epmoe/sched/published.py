@@ -63,16 +63,17 @@ def _hierarchical(weight_NE: Floats, slots: int, groups: int, hosts: int, ranks:
     """
     layers, experts = weight_NE.shape
     size = experts // groups
-    sums_NG = torch.from_numpy(weight_NE).unflatten(-1, (groups, size)).sum(-1).numpy()
+    sums_NG = torch.from_numpy(weight_NE).view(-1, groups, size).sum(-1).numpy()
     host_NG, place_NG = _pack(sums_NG, hosts)
     first_NG = (host_NG * (groups // hosts) + place_NG) * size
     near_NE = (first_NG[:, :, None] + np.arange(size)).reshape(layers, experts)
     expert_NE = np.argsort(near_NE, axis=1)  # a permutation's inverse
-    weight_HE = np.take_along_axis(weight_NE, expert_NE, 1).reshape(-1, experts // hosts)
+    weight_HE = weight_NE[np.arange(layers)[:, None], expert_NE].reshape(-1, experts // hosts)
 
     near_HS, counts_HE = _replicate(weight_HE, slots // hosts)
-    each_HE = weight_HE / counts_HE.astype(np.float32)
-    rank_HS, place_HS = _pack(np.take_along_axis(each_HE, near_HS, 1), ranks // hosts)
+    each_HE = np.divide(weight_HE, counts_HE, dtype=np.float32)
+    every = np.arange(len(each_HE))[:, None]
+    rank_HS, place_HS = _pack(each_HE[every, near_HS], ranks // hosts)
     order_HS = np.argsort(rank_HS * (slots // ranks) + place_HS, axis=1)
     near_NHS = np.take_along_axis(near_HS, order_HS, 1).reshape(layers, hosts, -1)
     near_NHS = near_NHS + np.arange(hosts)[None, :, None] * (experts // hosts)
