@@ -87,6 +87,14 @@ class Runtime:
             )
         try:
             yield lane
+        except Exception as error:
+            self.poison(error, lane.round)
+            if self.closed:  # its views are gone: whatever this is, the close is the cause
+                raise EpmoeError(
+                    f"rank {self.group.rank}: this MoE was closed by another thread in round "
+                    f"{lane.round} of lane {number}"
+                ) from error
+            raise
         except BaseException as error:
             self.poison(error, lane.round)
             raise

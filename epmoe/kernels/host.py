@@ -70,7 +70,8 @@ class HostOps:
         mine = self._rows[self.rank][:rows].view(torch.uint8)
         staged = format_of(self.config).stage_rows(self.config, self.weights, x_TH)
         for name, (at, part) in self._parts.items():
-            mine[:, at : at + part.nbytes] = staged[name].flatten(1).view(torch.uint8)
+            # The slab is viewed, not the tensor: torch gives some empty ones a stride of 0.
+            mine[:, at : at + part.nbytes].view(part.dtype)[:] = staged[name].flatten(1)
         self._weights[self.rank][:rows] = weights_TK
         signals.pause()
         ask = request(slots_TK, self.ranks, self.config.slots_per_rank(self.ranks))
