@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from epmoe.comm.peer import Peer
+from epmoe.comm.peer import Peer, ended
 from epmoe.comm.watch import Watch
 from epmoe.errors import EpmoeError, PeerLost
 
@@ -85,15 +85,14 @@ def connect(
         while len(links) < len(peers) - 1:
             for rank in range(me):
                 if rank not in links and rank not in watch.lost:
-                    called = _call(peers[rank], names[rank])
+                    called = _call(peers[rank], names[rank], hello(nonce, me, len(peers)))
                     if called:
                         links[rank] = called
-                        called.send(hello(nonce, me, len(peers)), socket.MSG_NOSIGNAL)
             absent = [p for p in peers if p.rank != me and p.rank not in links]
             if not absent:
                 break
-            lost = [p for p in absent if p.rank in watch.lost]
-            if lost:
+            if watch.lost:  # connected or not; looked up, so that a victim never hides its cause
+                lost = [p for p in peers if p.rank in watch.lost or ended(p)]
                 raise _lost(me, lost, "exited", "ended while the ranks were connecting")
             if time.monotonic() > until:
                 why = f"did not connect within {limit_s:g} s (state {watch.state_of(absent[0])})"
@@ -115,21 +114,21 @@ def _lost(me: int, lost: Sequence[Peer], how: str, text: str) -> PeerLost:
     return PeerLost(f"{who} {text}; seen by rank {me}", ranks=tuple(p.rank for p in lost), how=how)
 
 
-def _call(peer: Peer, name: bytes) -> socket.socket | None:
+def _call(peer: Peer, name: bytes, words: bytes) -> socket.socket | None:
     """Connect to a peer's door; None if it is full or just closing and worth another try."""
     link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         link.connect(name)
         pid, uid = credentials(link)
-    except (BlockingIOError, ConnectionRefusedError):
+        if (pid, uid) != (peer.pid, os.geteuid()):
+            raise EpmoeError(f"the door of {peer} is held by pid {pid} of user {uid}")
+        link.send(words, socket.MSG_NOSIGNAL)
+    except (BlockingIOError, ConnectionError):
         link.close()
         return None
-    except OSError:
+    except BaseException:
         link.close()
         raise
-    if (pid, uid) != (peer.pid, os.geteuid()):
-        link.close()
-        raise EpmoeError(f"the door of {peer} is held by pid {pid} of user {uid}: not connecting")
     return link
 
 

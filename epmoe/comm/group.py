@@ -152,12 +152,12 @@ class Group:
                 f"another host or in another container, and epmoe's heaps end at one host"
             )
         answers = self._mesh.exchange(kind, what, body, limit_s=limit_s, fd=fd)
-        if kind != Kind.FAILED:
-            self._common = self._judge(kind, what, answers)
-            if self._common:
-                for answer in answers.values():
-                    close_all(answer.fds)
-                raise self._common
+        self._common = None if kind == Kind.FAILED else self._judge(kind, what, answers)
+        if kind == Kind.FAILED or self._common:
+            for answer in answers.values():
+                close_all(answer.fds)
+        if self._common:
+            raise self._common
         return answers
 
     def _judge(self, kind: Kind, what: str, answers: dict[int, Answer]) -> EpmoeError | None:

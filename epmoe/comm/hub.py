@@ -17,6 +17,7 @@ from typing import Any
 from epmoe.comm.meeting import ABSENT, ALL, ASK, LOST, MEET
 from epmoe.errors import EpmoeError
 
+SETTLE_S = 0.2  # from the first failure to asking the rest: they may be about to say why
 GRACE_S = 2.0  # from asking a rank to end to ending it
 TICK_S = 0.02  # how late an end is seen where there are no pidfds
 RESULT, ERROR, MORE = b"R", b"E", b"P"  # what a rank says besides meeting: see meeting.py
@@ -70,7 +71,8 @@ class Job:
     def __init__(self, ranks: Sequence[Child], *, end_others: bool) -> None:
         self._ranks = list(ranks)
         self._end_others = end_others
-        self._asked: float | None = None
+        self._failed: float | None = None  # when the first failure was seen
+        self._asked: float | None = None  # when the others were asked to end
         self.first: Outcome | None = None  # the failure that came first
         self.pids = tuple(r.outcome.pid for r in ranks)
         self._fault: BaseException | None = None
@@ -149,7 +151,8 @@ class Job:
                 if fd not in by_fd or self._hear(by_fd[fd], waiting) is False:
                     poll.unregister(fd)
             self._look(waiting)
-            gone = [r.outcome.rank for r in self._ranks if r.outcome.code is not None]
+            over = [r.outcome for r in self._ranks if r.outcome.code is not None]
+            gone = [o.rank for o in sorted(over, key=lambda o: o.ended_s)]  # the cause first
             if len(gone) == len(self._ranks):
                 return
             full = len(waiting) == len(self._ranks)
@@ -157,8 +160,12 @@ class Job:
                 self._send(waiting, ALL + b"".join(waiting[r] for r in sorted(waiting)))
             elif gone and waiting:
                 self._send(waiting, LOST + ",".join(map(str, gone)).encode())
-            if self._asked and time.monotonic() > self._asked + GRACE_S:
+            now = time.monotonic()
+            if self._asked and now > self._asked + GRACE_S:
                 self._signal(signal.SIGKILL)
+            elif self._end_others and self._failed and now > self._failed + SETTLE_S:
+                self._asked = self._asked or now
+                self._signal(signal.SIGTERM)
 
     def _send(self, waiting: dict[int, bytes], said: bytes) -> None:
         for rank in waiting:
@@ -209,12 +216,11 @@ class Job:
                 rank.outcome.ended_s = time.monotonic()
                 if not rank.outcome.ok:
                     failed.append(rank.outcome)
-        if failed and self.first is None:
-            # Several at once: the killed one, or the one that did not lose a peer, was the first.
-            self.first = min(failed, key=lambda o: (o.code or 0, _lost_a_peer(o)))
-            if self._end_others:
-                self._asked = time.monotonic()
-                self._signal(signal.SIGTERM)
+        if failed and self._asked is None:
+            # A rank that was killed, or that did not merely lose a peer, is the cause.
+            known = failed if self.first is None else [self.first, *failed]
+            self.first = min(known, key=lambda o: ((o.code or 0) > 0, _lost_a_peer(o)))
+            self._failed = self._failed or time.monotonic()
 
 
 def _lost_a_peer(outcome: Outcome) -> bool:

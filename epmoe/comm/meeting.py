@@ -98,37 +98,47 @@ class Store:
         from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
         until = time.monotonic() + limit_s
-        serve = self.rank == 0 and not self.hosted
         where = f"the store at {self.host}:{self.port}"
         try:
             store = TCPStore(
                 self.host,
                 self.port,
-                is_master=serve,
+                is_master=self.rank == 0 and not self.hosted,
                 timeout=timedelta(seconds=limit_s),
                 wait_for_workers=False,
                 multi_tenant=True,  # torch.distributed may serve or use the same port later
             )
             turn = store.add(f"epmoe/{self.run}/met/{self.rank}", 1)
             keys = [f"epmoe/{self.run}/{turn}/{rank}" for rank in range(self.size)]
+            left = f"epmoe/{self.run}/{turn}/left"
             store.set(keys[self.rank], introduction.hex())
-            left = max(0.001, until - time.monotonic())
             try:
-                store.wait(keys, timedelta(seconds=left))
+                store.wait(keys, timedelta(seconds=max(0.001, until - time.monotonic())))
             except DistError as error:
                 absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+                store.add(left, 1)
+                self._serve(store, left, self.size - len(absent), 1.0)
                 raise EpmoeError(
                     f"the ranks did not meet at {where} within {limit_s:g} s; absent: rank "
                     f"{', '.join(absent)}"
                 ) from error
             found = [bytes.fromhex(store.get(key).decode()) for key in keys]
-            left_key = f"epmoe/{self.run}/{turn}/left"
-            store.add(left_key, 1)
-            while serve and store.add(left_key, 0) < self.size and time.monotonic() < until:
-                time.sleep(0.001)  # a store that is served here ends with this call
+            store.add(left, 1)
+            self._serve(store, left, self.size, until - time.monotonic())
         except DistError as error:
-            raise EpmoeError(f"rank {self.rank} lost {where}: {error}") from error
+            who = "the launcher" if self.hosted else "rank 0"
+            raise EpmoeError(
+                f"rank {self.rank} has no connection to {where}, which {who} serves: {error}"
+            ) from error
         return found
+
+    def _serve(self, store: Any, left: str, ranks: int, limit_s: float) -> None:
+        """A store that rank 0 serves ends with its meeting: not before the others have read it."""
+        until = time.monotonic() + limit_s
+        while self.rank == 0 and not self.hosted and store.add(left, 0) < ranks:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.001)
 
 
 class Mpi:

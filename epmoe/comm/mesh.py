@@ -189,6 +189,9 @@ class Mesh:
                         ins[rank].loss = _Loss("exited", "ended")
             losses = {rank: one.loss for rank, one in ins.items() if one.loss}
             if losses:
+                for rank in (r for r in ins if not ins[r].answer and r not in losses):
+                    if self.watch.state_of(self.peers[rank]) in "XZ":  # the cause beside a victim
+                        losses[rank] = _Loss("exited", "ended")
                 raise self._lost(losses, ended, what)
             busy = [r for r in self.links if outs[r].parts or not ins[r].answer]
             if not busy:
@@ -214,7 +217,7 @@ class Mesh:
         for rank, loss in losses.items():
             if loss.text == _CUT and (rank in ended or self._ends(rank)):
                 loss.how, loss.text = "exited", "ended"
-        blamed = {x.culprit: x for x in losses.values() if x.culprit not in (-1, self.me)}
+        blamed = {x.culprit: x for x in losses.values() if x.culprit in self.links}
         roots = {rank: x for rank, x in losses.items() if x.culprit == -1} or blamed or losses
         ranks = tuple(sorted(roots))
         lines = [
