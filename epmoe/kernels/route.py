@@ -14,7 +14,6 @@ from epmoe.sched.route import SCORES, Router, Routing, check_route
 
 WARPS = 4  # rows of one block: 128 rows reach 32 SMs, one warp per scheduler
 MOST_EXPERTS = 1024
-MOST_CHOICES = 32  # lane k keeps choice k
 MOST_RUN = 32  # experts of one lane: what fits its registers
 
 
@@ -22,7 +21,7 @@ MOST_RUN = 32  # experts of one lane: what fits its registers
 def compiled(
     router: Router, experts: int, dtype: torch.dtype, bias: bool, aligned: int = 16
 ) -> CompiledKernel:
-    """The kernel for this router and shape; needs no GPU.  ``aligned``: of the logits, in bytes."""
+    """The kernel for this router and shape; needs no GPU.  ``aligned``: logits and bias, bytes."""
     size = router.group_size(experts)
     lanes = 32
     while lanes * router.groups > 32:
@@ -30,7 +29,6 @@ def compiled(
     run = -(-size // max(1, lanes))
     for name, value, most in (
         ("experts", experts, MOST_EXPERTS),
-        ("choices", router.choices, MOST_CHOICES),
         ("groups", router.groups, 32),
         ("experts per lane", run, MOST_RUN),
     ):
@@ -52,6 +50,7 @@ def compiled(
         "ITEM": item,
         "HALF": int(dtype == torch.float16),
         "WIDE": wide if whole and wide >= 4 else 0,
+        "BIAS_WIDE": gcd(aligned, run * 4) if whole and aligned >= 4 else 0,
         "WARPS": WARPS,
     }
     for name in ("EXP_LIMIT", "EXP_ROUND", "LOG2_E", "LN2_HIGH", "LN2_LOW"):
@@ -98,7 +97,8 @@ def launch(
     if out is None:
         out = outputs(logits_TE, router, slots=replicas_EX is not None)
     _check_out(out, logits_TE, router, replicas_EX is not None)
-    aligned = gcd(logits_TE.data_ptr(), 16) or 16
+    bias_at = bias_E.data_ptr() if bias_E is not None else 0
+    aligned = gcd(16, logits_TE.data_ptr(), bias_at)
     kernel = compiled(router, logits_TE.shape[1], logits_TE.dtype, bias_E is not None, aligned)
     if not rows:
         return out

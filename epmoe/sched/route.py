@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from epmoe.sched.placement import choose_from
-from epmoe.sched.score import exp, order, sigmoid, softmax
+from epmoe.sched.score import LANES, exp, halved, order, sigmoid, softmax
 
 SCORES = ("softmax", "softmax_chosen", "sigmoid")
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ class Router:
     the sum of its two best biased scores (a missing second one counts 0).
     """
 
-    choices: int  # experts of a row (k)
+    choices: int  # experts of a row (k), at most 32
     score: str = "softmax"  # softmax over all | softmax_chosen: over the chosen | sigmoid
     renormalise: bool = False  # weights / (their sum + 1e-20)
     groups: int = 1  # equal blocks of neighbouring experts; above 1 only with sigmoid
@@ -50,6 +50,8 @@ class Router:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.choices > LANES:
+            raise ValueError(f"choices must be at most {LANES}, got {self.choices}")
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {SCORES}, got {self.score!r}")
         if self.keep > self.groups:
@@ -170,16 +172,13 @@ def _keep_groups(by_TE: Tensor, key_TE: Tensor, router: Router) -> Tensor:
 
 
 def _weights(score_TK: Tensor, chosen_TK: Tensor, router: Router) -> Tensor:
-    """Weights from the chosen experts' unbiased scores; sums run over choices in order."""
+    """Weights from the chosen experts' unbiased scores."""
     if router.score == "softmax_chosen":
         most_T1 = score_TK.masked_fill(~chosen_TK, -torch.inf).amax(1, keepdim=True)
         score_TK = exp(score_TK - most_T1)
     w_TK = score_TK.masked_fill(~chosen_TK, 0.0)
     if router.renormalise or router.score == "softmax_chosen":
-        sum_T = w_TK[:, 0]
-        for k in range(1, router.choices):
-            sum_T = sum_T + w_TK[:, k]
-        w_TK = w_TK / (sum_T + 1e-20).unsqueeze(1)
+        w_TK = w_TK / (halved(w_TK) + 1e-20)
     return w_TK * router.scale
 
 

@@ -59,10 +59,20 @@ def softmax(x_TE: Tensor, finite_TE: Tensor) -> Tensor:
     sums = lanes[:, :, 0]
     for v in range(1, run):
         sums = sums + lanes[:, :, v]
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    return e_TE / sums
+    return e_TE / halved(sums)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Sums of the rows, [T, 1], by adding the right half to the left: what shuffles in a warp do.
+
+    >>> halved(torch.tensor([[1.0, 2.0, 4.0]]))     # (1 + 4) + (2 + 0)
+    tensor([[7.]])
+    """
+    x = torch.nn.functional.pad(x, (0, LANES - x.shape[1]))
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x
 
 
 def order(score: Tensor) -> Tensor:

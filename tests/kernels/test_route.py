@@ -30,14 +30,15 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("router", "experts", "bias"), SHAPES, ids=NAMES)
 def test_compiles_without_spills(router, experts, bias):
     for dtype in DTYPES:
-        assert compiled(router, experts, dtype, bias).resources.spills == 0
-    assert compiled(router, experts, torch.bfloat16, bias, 2).resources.spills == 0
+        for aligned in (16, 2):
+            kernel = compiled(router, experts, dtype, bias, aligned)
+            assert kernel.resources.spills == 0
+            assert " 0 bytes stack frame" in kernel.log
 
 
 def test_what_the_kernel_refuses():
     for words, router, experts in (
         ("experts must be at most 1024", Router(choices=2), 1025),
-        ("choices must be at most 32", Router(choices=33), 64),
         ("groups must be at most 32", Router(choices=2, score="sigmoid", groups=64), 512),
         ("experts per lane", Router(choices=2, score="sigmoid", groups=17), 17 * 60),
     ):
@@ -100,10 +101,10 @@ def test_a_captured_launch_follows_its_inputs_and_tables():
     launch(there[0], DEEPSEEK, **named)
     loads.zero_()
     graph = torch.cuda.CUDAGraph()
-    before = torch.cuda.memory_allocated()
     with torch.cuda.graph(graph):
+        before = torch.cuda.memory_allocated()  # beginning a capture allocates a little
         launch(there[0], DEEPSEEK, **named)
-    assert torch.cuda.memory_allocated() == before
+        assert torch.cuda.memory_allocated() == before
     want_loads = torch.zeros(256, dtype=torch.int64)
     for place, rows, scale in ((a, 64, 1.0), (b, 64, 0.5), (b, 5, 2.0), (a, 0, 1.0), (a, 64, -1.0)):
         there[0].copy_(x * scale)

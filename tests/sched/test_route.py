@@ -191,6 +191,7 @@ def test_exp_and_sigmoid_are_close_to_the_truth_and_the_same_in_every_position()
 def test_what_a_router_refuses():
     for fault, words in (
         ({"choices": 0}, "choices must be at least 1"),
+        ({"choices": 33}, "choices must be at most 32"),
         ({"choices": 2, "score": "top"}, "score"),
         ({"choices": 2, "groups": 2, "keep": 3, "score": "sigmoid"}, "keep must be at most groups"),
         ({"choices": 2, "groups": 2}, "groups must be 1"),
@@ -290,9 +291,7 @@ def oracle_weights(scores, router):
     if router.score == "softmax_chosen":
         scores = [oracle_exp(s - max(scores)) for s in scores]
     if router.renormalise or router.score == "softmax_chosen":
-        total = F(0)
-        for s in scores:
-            total = F(total + s)
+        total = oracle_sum(scores + [F(0)] * (32 - len(scores)))
         scores = [F(s / F(total + F(1e-20))) for s in scores]
     return [F(s * F(router.scale)) for s in scores]
 
@@ -309,9 +308,13 @@ def oracle_scores(x, router):
     lane = [F(0) + np.zeros(len(x), F) for _ in range(32)]
     for i in range(x.shape[1]):
         lane[i // run] = lane[i // run] + e[:, i]
+    return e / oracle_sum(lane)[:, None]
+
+
+def oracle_sum(lane):
     for step in (16, 8, 4, 2, 1):
         lane = [lane[i] + lane[i ^ step] for i in range(32)]
-    return e / lane[0][:, None]
+    return lane[0]
 
 
 def oracle_exp(z):

@@ -1,4 +1,4 @@
-// Logits -> ids, weights, slots, load counts: one warp per row, one launch, no shared memory.
+// Logits -> ids, weights, slots, load counts: one warp per row, one launch.
 //
 // Does, operation by operation, what sched/route.py and sched/score.py define: every rounding is
 // spelled with an intrinsic that the compiler may not fuse, so ids, weights and slots have the same
@@ -9,9 +9,10 @@
 //
 // Constants from kernels/route.py: E K GROUPS KEEP LANES RUN; SCORE (0 softmax, 1 softmax_chosen,
 // 2 sigmoid) BIAS RENORMALISE; ITEM bytes of a logit, HALF (fp16, not bf16); WIDE bytes of one load
-// (0: value by value); WARPS; EXP_LIMIT EXP_ROUND LOG2_E LN2_HIGH LN2_LOW EXP_Q0..4.
+// (0: value by value), BIAS_WIDE the same for the bias; WARPS; EXP_LIMIT EXP_ROUND LOG2_E LN2_HIGH LN2_LOW EXP_Q0..4.
 
 typedef unsigned int u32;
+typedef unsigned long long u64;
 
 constexpr u32 ALL = 0xffffffffu;
 constexpr int SIZE = E / GROUPS;  // experts of a group
@@ -42,8 +43,16 @@ __device__ __forceinline__ float exponential(float z) {
     const float e = __fadd_rn(__fadd_rn(__fmul_rn(__fmul_rn(r, r), q), r), 1.0f);
     return __fmul_rn(e, __uint_as_float((__float_as_uint(shifted) + 127u) << 23));
 }
+
+// 1 / d for 1 <= d < 2**126: the correctly rounded value, without the branch of __frcp_rn for numbers
+// outside that range, which kept the compiler from overlapping the experts of a lane.
+__device__ __forceinline__ float reciprocal(float d) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));
+    return __fmaf_rn(y, __fmaf_rn(-d, y, 1.0f), y);
+}
 __device__ __forceinline__ float sigmoid(float x) {
-    return __frcp_rn(__fadd_rn(exponential(-x), 1.0f));
+    return reciprocal(__fadd_rn(exponential(-x), 1.0f));
 }
 
 __device__ __forceinline__ float widened(u32 half) {
@@ -64,38 +73,70 @@ __device__ __forceinline__ float logit(const void* logits, long long at) {
 #endif
 }
 
+// COUNT words from an address that allows loads of BYTES.
+template <int BYTES, int COUNT>
+__device__ __forceinline__ void fetch(u32 (&to)[COUNT], const void* from) {
+#pragma unroll
+    for (int i = 0; i < COUNT * 4 / BYTES; ++i) {
+        if constexpr (BYTES == 16) {
+            const uint4 w = __ldg(static_cast<const uint4*>(from) + i);
+            to[4 * i] = w.x, to[4 * i + 1] = w.y, to[4 * i + 2] = w.z, to[4 * i + 3] = w.w;
+        } else if constexpr (BYTES == 8) {
+            const uint2 w = __ldg(static_cast<const uint2*>(from) + i);
+            to[2 * i] = w.x, to[2 * i + 1] = w.y;
+        } else {
+            to[i] = __ldg(static_cast<const u32*>(from) + i);
+        }
+    }
+}
+
 // The lane's logits; a place without an expert reads NaN, which can never be chosen.
-__device__ __forceinline__ void load(float (&x)[RUN], const void* logits, long long row, int base,
-                                     int held) {
+__device__ __forceinline__ void load(float (&x)[RUN], const void* logits, long long at, int held) {
 #if WIDE
-    constexpr int PIECES = RUN * ITEM / WIDE;
     u32 raw[RUN * ITEM / 4];
-    const char* from = static_cast<const char*>(logits) + (row * E + base) * ITEM;
+    fetch<WIDE>(raw, static_cast<const char*>(logits) + at * ITEM);
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-#if WIDE == 16
-        const uint4 w = __ldg(reinterpret_cast<const uint4*>(from) + i);
-        raw[4 * i] = w.x, raw[4 * i + 1] = w.y, raw[4 * i + 2] = w.z, raw[4 * i + 3] = w.w;
-#elif WIDE == 8
-        const uint2 w = __ldg(reinterpret_cast<const uint2*>(from) + i);
-        raw[2 * i] = w.x, raw[2 * i + 1] = w.y;
-#else
-        raw[i] = __ldg(reinterpret_cast<const u32*>(from) + i);
-#endif
-    }
-#pragma unroll
-    for (int v = 0; v < RUN; ++v) {
-#if ITEM == 4
-        x[v] = __uint_as_float(raw[v]);
-#else
-        x[v] = widened(v & 1 ? raw[v / 2] >> 16 : raw[v / 2] & 0xffffu);
-#endif
-    }
+    for (int v = 0; v < RUN; ++v)
+        x[v] = ITEM == 4 ? __uint_as_float(raw[v * ITEM / 4])
+                         : widened(v & 1 ? raw[v * ITEM / 4] >> 16 : raw[v * ITEM / 4] & 0xffffu);
 #else
 #pragma unroll
     for (int v = 0; v < RUN; ++v)
-        x[v] = WHOLE || v < held ? logit(logits, row * E + base + v) : __int_as_float(0x7fffffff);
+        x[v] = WHOLE || v < held ? logit(logits, at + v) : __int_as_float(0x7fffffff);
 #endif
+}
+
+__device__ __forceinline__ void load_bias(float (&bias)[RUN], const float* from, int held) {
+#if BIAS && BIAS_WIDE
+    u32 raw[RUN];
+    fetch<BIAS_WIDE>(raw, from);
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) bias[v] = __uint_as_float(raw[v]);
+#else
+#pragma unroll
+    for (int v = 0; v < RUN; ++v) bias[v] = BIAS && (WHOLE || v < held) ? __ldg(from + v) : 0.0f;
+#endif
+}
+
+// Largest first, by merge exchange (Batcher; any RUN).  Sorting once and taking from the front costs
+// a quarter of searching all RUN keys for each of the K choices.
+__device__ __forceinline__ void sort(u64 (&pair)[RUN]) {
+#pragma unroll
+    for (int block = 1; block < RUN; block *= 2) {
+#pragma unroll
+        for (int step = block; step > 0; step /= 2) {
+#pragma unroll
+            for (int i = 0; i < RUN; ++i) {
+                const int from = i - step % block;  // pairs begin here in runs of `step`
+                const int j = i + step;
+                if (from >= 0 && from / step % 2 == 0 && j < RUN && i / (2 * block) == j / (2 * block)) {
+                    const u64 high = max(pair[i], pair[j]);
+                    pair[j] = min(pair[i], pair[j]);
+                    pair[i] = high;
+                }
+            }
+        }
+    }
 }
 
 // placement._mixed: which replica token and expert lead to, the same on every machine.
@@ -107,9 +148,9 @@ __device__ __forceinline__ u32 mixed(u32 token, u32 expert) {
     return x ^ (x >> 15);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 route(const void* logits, const float* bias_E, const int* replicas_EX, const int* counts_E,
-      unsigned long long* loads_E, const int* live, int* ids_TK, float* weights_TK, int* slots_TK,
+      u64* loads_E, const int* live, int* ids_TK, float* weights_TK, int* slots_TK,
       int rows, int width, u32 first, float scale) {
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
@@ -122,9 +163,10 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
     const int held = WHOLE ? RUN : group < GROUPS ? max(0, min(RUN, SIZE - inside)) : 0;
 
     // Scores and keys.  A key of 0 cannot be chosen.
-    float x[RUN];
+    float x[RUN], bias[RUN];
     u32 key[RUN];
-    load(x, logits, row, base, held);
+    load(x, logits, (long long)row * E + base, held);
+    load_bias(bias, bias_E + base, held);
     float most = 0.0f, sum = 0.0f;
 #if SCORE == 0
     u32 top_logit = 0;
@@ -151,7 +193,7 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
         by[v] = x[v];
 #endif
 #if BIAS
-        by[v] = __fadd_rn(by[v], WHOLE || v < held ? __ldg(bias_E + base + v) : 0.0f);
+        by[v] = __fadd_rn(by[v], bias[v]);
 #endif
         key[v] = finite(x[v]) && finite(by[v]) && !padding ? ordered(by[v]) : 0u;
     }
@@ -174,11 +216,14 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
     }
     const float worth = __fadd_rn(best, second == -infinity() ? 0.0f : second);
     const u32 group_key = best == -infinity() ? 0u : ordered(worth);
+    // Its lanes share the comparisons; a ballot brings the answers together.
     int before = 0;
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
+    for (int at = 0; at < GROUPS; at += LANES) {
+        const int g = at + lane % LANES;
         const u32 other = __shfl_sync(ALL, group_key, g * LANES);
-        before += other > group_key || (other == group_key && g < group);
+        const bool first = g < GROUPS && (other > group_key || (other == group_key && g < group));
+        before += __popc(__ballot_sync(ALL, first) >> group * LANES & ((1ull << LANES) - 1));
     }
     if (before >= KEEP) {
 #pragma unroll
@@ -187,29 +232,28 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
 #endif
 
     // K times: the largest key of the warp; of equals the lowest lane, in it the lowest place.
-    int mine = -1;  // lane k keeps choice k
-    u32 highest = 0;
+    u64 pair[RUN];
 #pragma unroll
-    for (int v = 0; v < RUN; ++v) highest = max(highest, key[v]);
+    for (int v = 0; v < RUN; ++v) pair[v] = u64(key[v]) << 32 | u32(RUN - 1 - v);
+    sort(pair);
+    __shared__ int chosen[WARPS][K];
+    int* const ids = chosen[threadIdx.x / 32];
+    if (lane < K) ids[lane] = -1;
+    __syncwarp();
 #pragma unroll 1
     for (int k = 0; k < K; ++k) {
-        const u32 top = __reduce_max_sync(ALL, highest);
+        const u32 front = u32(pair[0] >> 32);
+        const u32 top = __reduce_max_sync(ALL, front);
         if (top == 0) break;
-        const int owner = __ffs(__ballot_sync(ALL, highest == top)) - 1;
-        int place = RUN;
+        if (lane == __ffs(__ballot_sync(ALL, front == top)) - 1) {
+            ids[k] = base + RUN - 1 - int(u32(pair[0]));
 #pragma unroll
-        for (int v = 0; v < RUN; ++v) place = min(place, key[v] == top ? v : RUN);
-        const int chosen = __shfl_sync(ALL, base + place, owner);
-        if (lane == k) mine = chosen;
-        if (lane == owner) {
-            highest = 0;
-#pragma unroll
-            for (int v = 0; v < RUN; ++v) {
-                key[v] = v == place ? 0u : key[v];
-                highest = max(highest, key[v]);
-            }
+            for (int v = 0; v < RUN - 1; ++v) pair[v] = pair[v + 1];
+            pair[RUN - 1] = 0;
         }
     }
+    __syncwarp();
+    const int mine = lane < K ? ids[lane] : -1;  // lane k has choice k
 
     // Weights: the unbiased score again, from the logit (one cached load beats RUN selects).
     float w = 0.0f;
@@ -226,9 +270,10 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
     w = mine >= 0 ? exponential(__fsub_rn(w, unordered(top_chosen))) : 0.0f;
 #endif
 #if RENORMALISE || SCORE == 1
-    float total = __shfl_sync(ALL, w, 0);
+    float total = w;
 #pragma unroll
-    for (int k = 1; k < K; ++k) total = __fadd_rn(total, __shfl_sync(ALL, w, k));
+    for (int half = 16; half; half /= 2)
+        if (half < K) total = __fadd_rn(total, __shfl_xor_sync(ALL, total, half));
     w = __fdiv_rn(w, __fadd_rn(total, 1e-20f));
 #endif
     w = __fmul_rn(w, scale);
@@ -237,7 +282,7 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
     const long long cell = (long long)row * K + lane;
     ids_TK[cell] = mine;
     weights_TK[cell] = w;
-    if (loads_E != nullptr && mine >= 0) atomicAdd(loads_E + mine, 1ull);
+    if (loads_E != nullptr && mine >= 0) atomicAdd(loads_E + mine, u64(1));
     if (slots_TK != nullptr) {
         int slot = -1;
         if (mine >= 0) {
