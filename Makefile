@@ -11,17 +11,13 @@ TORCH_CPU := torch==2.13.0+cpu
 
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export OMPI_ALLOW_RUN_AS_ROOT := 1
-export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
-MPIRUN := mpirun
 READY_RUN := have-run
 READY_TEST := have-test
 else
 PY := $(abspath $(VENV))/bin/python
-MPIRUN := $(abspath $(VENV))/bin/mpirun
 READY_RUN := $(VENV)/.ready-run
 READY_TEST := $(VENV)/.ready-test
 endif
@@ -43,17 +39,12 @@ test: $(READY_TEST)  ## every short test, and the distributed ones under mpirun 
 	$(MAKE) --no-print-directory mpi RANKS=2
 	$(MAKE) --no-print-directory mpi RANKS=4
 
-# A failing rank ends the job with its own error; --timeout of mpirun ends one that does not.
+# A failing rank ends the job with its own error; the time limit ends a job that does not end itself.
 .PHONY: mpi
 RANKS ?= 4
 mpi: $(READY_TEST)
-	@if [ -x "$(MPIRUN)" ] || command -v "$(MPIRUN)" >/dev/null; then \
-	  set -x; "$(MPIRUN)" -n $(RANKS) --oversubscribe --bind-to none --timeout 240 \
-	    $(PYTEST) --with-mpi -m "ranks and not night and not gpu" tests; \
-	else \
-	  echo "make mpi: there is no $(MPIRUN); on this system install Open MPI and put mpirun in PATH" >&2; \
-	  exit 1; \
-	fi
+	MPIEXEC_TIMEOUT=240 launch/mpirun.sh $(RANKS) $(PYTEST) --with-mpi --color=no \
+	  -m "ranks and not night and not gpu" tests
 
 check: $(READY_TEST)  ## ruff, formatting, types, the direction of imports
 	$(PY) -m ruff check .
