@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -69,9 +70,13 @@ def spawn_ranks(
 ) -> Job:
     """Start a command line once for each rank; ``Group.from_env()`` works in each."""
 
+    path = shutil.which(argv[0], path=(env or {}).get("PATH"))
+    if path is None:
+        raise ValueError(f"argv must begin with a program that can be run, got {argv[0]!r}")
+
     def program(rank: int, link: socket.socket) -> NoReturn:
         os.set_inheritable(link.fileno(), True)
-        os.execvpe(argv[0], list(argv), os.environ)
+        os.execve(path, list(argv), os.environ)
 
     return _start(ranks, program, end_others, logs, echo, env)
 
@@ -107,6 +112,7 @@ def fork_ranks(
             code = 0
         except BaseException as error:  # noqa: BLE001  # the launcher gets all of it
             trace = traceback.format_exc()
+            sys.stdout.flush()  # what it printed before comes before
             sys.stderr.write(trace)
             _say(link, ERROR, json.dumps([type(error).__name__, str(error), trace]).encode())
         finally:

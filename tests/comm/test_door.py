@@ -42,7 +42,8 @@ class House:
         link = socket.socket(socket.AF_UNIX)
         link.settimeout(2)
         link.connect(self.name)
-        link.sendall(words)
+        if words:
+            link.sendall(words)
         return link
 
     def refused(self, link):
