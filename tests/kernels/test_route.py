@@ -31,9 +31,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiles_without_spills(router, experts, bias):
     for dtype in DTYPES:
         for aligned in (16, 2):
-            kernel = compiled(router, experts, dtype, bias, aligned)
-            assert kernel.resources.spills == 0
-            assert " 0 bytes stack frame" in kernel.log
+            for gather in (False, True)[: 1 + (experts <= 256)]:
+                kernel = compiled(router, experts, dtype, bias=bias, aligned=aligned, gather=gather)
+                assert kernel.resources.spills == 0
+                assert " 0 bytes stack frame" in kernel.log
 
 
 def test_what_the_kernel_refuses():
@@ -43,7 +44,7 @@ def test_what_the_kernel_refuses():
         ("experts per lane", Router(choices=2, score="sigmoid", groups=17), 17 * 60),
     ):
         with pytest.raises(ValueError, match=words):
-            compiled(router, experts, torch.float32, False)
+            compiled(router, experts, torch.float32, bias=False)
     with pytest.raises(ValueError, match="must be on a GPU"):
         launch(torch.zeros(2, 8), Router(choices=2))
 
@@ -78,13 +79,26 @@ def test_any_number_of_rows_and_any_alignment():
     x, bias_E = rough(40, 256, True, torch.bfloat16)
     flat = torch.empty(40 * 256 + 8, dtype=x.dtype, device="cuda")
     for rows in (0, 1, 3, 4, 5, 33):
-        for off in (0, 1, 2, 4):
+        for off in (0, 1, 2, 4):  # of two bytes each
             part = flat[off : off + rows * 256].view(rows, 256)
             part.copy_(x[:rows])
             same(
                 launch(part, DEEPSEEK, bias_E=bias_E.cuda()),
                 route(x[:rows], DEEPSEEK, bias_E=bias_E),
             )
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1023, 1024, 1025, 1031])
+def test_choices_are_counted_once_however_they_are_gathered(rows):
+    x, bias_E = rough(rows, 256, True, torch.float32)
+    live = torch.tensor([rows - 2], dtype=torch.int32)
+    want, got = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64).cuda()
+    route(x, DEEPSEEK, bias_E=bias_E, live=live, loads_E=want)
+    for _ in range(3):
+        launch(x.cuda(), DEEPSEEK, bias_E=bias_E.cuda(), live=live.cuda(), loads_E=got)
+    assert torch.equal(got.cpu(), want * 3)
 
 
 @gpu

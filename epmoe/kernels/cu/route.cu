@@ -9,7 +9,8 @@
 //
 // Constants from kernels/route.py: E K GROUPS KEEP LANES RUN; SCORE (0 softmax, 1 softmax_chosen,
 // 2 sigmoid) BIAS RENORMALISE; ITEM bytes of a logit, HALF (fp16, not bf16); WIDE bytes of one load
-// (0: value by value), BIAS_WIDE the same for the bias; WARPS; EXP_LIMIT EXP_ROUND LOG2_E LN2_HIGH LN2_LOW EXP_Q0..4.
+// (0: value by value), BIAS_WIDE the same for the bias; WARPS rows of a block, GATHER (count in shared
+// memory first); EXP_LIMIT EXP_ROUND LOG2_E LN2_HIGH LN2_LOW EXP_Q0..4.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -148,15 +149,24 @@ __device__ __forceinline__ u32 mixed(u32 token, u32 expert) {
     return x ^ (x >> 15);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-route(const void* logits, const float* bias_E, const int* replicas_EX, const int* counts_E,
-      u64* loads_E, const int* live, int* ids_TK, float* weights_TK, int* slots_TK,
-      int rows, int width, u32 first, float scale) {
-    const int row = blockIdx.x * WARPS + threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    if (row >= rows) return;
-    const bool padding = live != nullptr && row >= *live;
+struct Tables {
+    const float* bias_E;
+    const int* replicas_EX;
+    const int* counts_E;
+    int width;
+    u32 first;
+};
+struct Results {
+    int* ids_TK;
+    float* weights_TK;
+    int* slots_TK;
+    float scale;
+};
 
+// Routes one row and writes its results; lane k returns choice k, -1 if there is none.
+__device__ __forceinline__ int choose(const void* logits, int row, bool padding, const Tables& tables,
+                                      const Results& to, int* ids) {
+    const int lane = threadIdx.x % 32;
     const int group = lane / LANES;
     const int inside = lane % LANES * RUN;
     const int base = group * SIZE + inside;
@@ -166,7 +176,7 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
     float x[RUN], bias[RUN];
     u32 key[RUN];
     load(x, logits, (long long)row * E + base, held);
-    load_bias(bias, bias_E + base, held);
+    load_bias(bias, tables.bias_E + base, held);
     float most = 0.0f, sum = 0.0f;
 #if SCORE == 0
     u32 top_logit = 0;
@@ -236,8 +246,6 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
 #pragma unroll
     for (int v = 0; v < RUN; ++v) pair[v] = u64(key[v]) << 32 | u32(RUN - 1 - v);
     sort(pair);
-    __shared__ int chosen[WARPS][K];
-    int* const ids = chosen[threadIdx.x / 32];
     if (lane < K) ids[lane] = -1;
     __syncwarp();
 #pragma unroll 1
@@ -254,6 +262,16 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
     }
     __syncwarp();
     const int mine = lane < K ? ids[lane] : -1;  // lane k has choice k
+
+    // Tables first: their two dependent loads pass while the weights are computed.
+    int slot = -1;
+    if (to.slots_TK != nullptr && mine >= 0) {
+        const u32 count = __ldg(tables.counts_E + mine);
+        if (count - 1 < u32(tables.width)) {  // a broken table leads nowhere, never out of bounds
+            const u32 turn = mixed(tables.first + row, mine) % count;
+            slot = __ldg(tables.replicas_EX + mine * tables.width + turn);
+        }
+    }
 
     // Weights: the unbiased score again, from the logit (one cached load beats RUN selects).
     float w = 0.0f;
@@ -276,20 +294,41 @@ route(const void* logits, const float* bias_E, const int* replicas_EX, const int
         if (half < K) total = __fadd_rn(total, __shfl_xor_sync(ALL, total, half));
     w = __fdiv_rn(w, __fadd_rn(total, 1e-20f));
 #endif
-    w = __fmul_rn(w, scale);
-
-    if (lane >= K) return;
-    const long long cell = (long long)row * K + lane;
-    ids_TK[cell] = mine;
-    weights_TK[cell] = w;
-    if (loads_E != nullptr && mine >= 0) atomicAdd(loads_E + mine, u64(1));
-    if (slots_TK != nullptr) {
-        int slot = -1;
-        if (mine >= 0) {
-            const u32 count = __ldg(counts_E + mine);
-            if (count - 1 < u32(width))  // a broken table leads nowhere, never out of bounds
-                slot = __ldg(replicas_EX + mine * width + mixed(first + row, mine) % count);
-        }
-        slots_TK[cell] = slot;
+    if (lane < K) {
+        const long long cell = (long long)row * K + lane;
+        to.ids_TK[cell] = mine;
+        to.weights_TK[cell] = __fmul_rn(w, to.scale);
+        if (to.slots_TK != nullptr) to.slots_TK[cell] = slot;
     }
+    return mine;
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+route(const void* logits, const float* bias_E, const int* replicas_EX, const int* counts_E,
+      u64* loads_E, const int* live, int* ids_TK, float* weights_TK, int* slots_TK, int rows,
+      int width, u32 first, float scale) {
+    __shared__ int chosen[WARPS][K];
+    const int warp = threadIdx.x / 32;
+    const int row = blockIdx.x * WARPS + warp;
+#if GATHER
+    __shared__ u32 here[E];  // choices of this block
+    for (int e = threadIdx.x; e < E; e += WARPS * 32) here[e] = 0;
+    __syncthreads();
+#endif
+    int mine = -1;
+    if (row < rows)
+        mine = choose(logits, row, live != nullptr && row >= *live,
+                      {bias_E, replicas_EX, counts_E, width, first},
+                      {ids_TK, weights_TK, slots_TK, scale}, chosen[warp]);
+    if (loads_E == nullptr) return;
+#if GATHER
+    // Neighbouring counters in one instruction: the L2 takes a sector of them at a time, while
+    // scattered choices queue up at the few sectors that hold all counters.
+    if (mine >= 0) atomicAdd(here + mine, 1u);
+    __syncthreads();
+    for (int e = threadIdx.x; e < E; e += WARPS * 32)
+        if (here[e]) atomicAdd(loads_E + e, u64(here[e]));
+#else
+    if (mine >= 0) atomicAdd(loads_E + mine, u64(1));
+#endif
 }
