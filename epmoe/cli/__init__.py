@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from epmoe.cli import balance, bench, demo, doctor
+from epmoe.errors import EpmoeError
 
 VERBS = (demo, doctor, bench, balance)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit status."""
+    """Run one verb; its exit status: 0, 1 if something was wrong, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(
         prog="epmoe", description="A mixture-of-experts layer over the ranks of one machine."
     )
@@ -20,9 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb in VERBS:
         verb.add(subparsers)
     args = parser.parse_args(argv)
-    run = next(verb for verb in VERBS if verb.__name__.rpartition(".")[2] == args.verb)
-    return run.main(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    verb = next(verb for verb in VERBS if verb.__name__.rpartition(".")[2] == args.verb)
+    try:
+        return int(verb.main(args))
+    except (EpmoeError, ValueError) as error:
+        print(f"epmoe {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
