@@ -15,7 +15,7 @@ from epmoe.sched.published import check_shape, published
 from epmoe.sched.retract import retracted
 from epmoe.sched.search import Floats, Ints, improve, rank_loads
 
-ENOUGH = 1.02  # max/mean rank load at which a placement in force is left alone
+ENOUGH = 1.02  # max/mean rank load that a placement in force need not do better than
 NEAR = 1.005  # max/mean that is not searched for a second time
 
 
@@ -25,13 +25,16 @@ def rebalance(
     ranks: int,
     *,
     current: Placement | None = None,
-    enough: float = ENOUGH,
+    enough: float | None = None,
 ) -> Placement:
     """A placement of one layer for these loads (tokens per expert, any unit).
 
-    The fullest rank never has more load than under the published DeepSeek planner.  Without
-    ``current`` the best balance found is returned.  With it, slots move only until max/mean is at
-    most ``enough`` *and* no worse than published; if that is so already, ``current`` comes back.
+    Without ``current`` the best balance found is returned.  With it, slots move only until the
+    fullest rank carries no more than under the published DeepSeek planner and at most 1.02 times
+    the mean; if that is so already, ``current`` comes back.  ``enough``, if given, takes the place
+    of both: stop as soon as max/mean is at most that, which moves less; where it cannot be
+    reached, the fullest rank is again no fuller than published.
+
     Pure: equal arguments give equal placements on every rank.  For loads that are all zero the
     experts count as equal; NaN, infinite and negative ones are a ``ValueError``.
     """
@@ -52,7 +55,7 @@ def plan(
     slots: int,
     ranks: int,
     current: Sequence[Placement] | None = None,
-    enough: float = ENOUGH,
+    enough: float | None = None,
     groups: int = 1,
     hosts: int = 1,
 ) -> tuple[Placement, ...]:
@@ -67,7 +70,7 @@ def plan(
     loads_NE = checked_loads(loads)
     layers, experts = loads_NE.shape
     check_shape(experts, slots, ranks)
-    if not enough >= 1:
+    if enough is not None and not enough >= 1:
         raise ValueError(f"enough must be at least 1, got {enough}")
     known_NS = _slots_of(published(loads_NE, slots=slots, ranks=ranks))
     if hosts != 1:
@@ -99,20 +102,21 @@ def _fresh(loads_NE: Floats, known_NS: Ints, ranks: int) -> Ints:
 
 
 def _from_current(
-    loads_NE: Floats, known_NS: Ints, current: tuple[Placement, ...], enough: float
+    loads_NE: Floats, known_NS: Ints, current: tuple[Placement, ...], enough: float | None
 ) -> tuple[Placement, ...]:
     """Search from the slots in force to the goal; then give back every move it did not need.
 
-    The goal is ``enough``, or the published plan's balance where that is better.  A search that
-    ends above the published balance is repeated from the published plan.  That plan, renamed, is
-    also a candidate where the search moved many slots and balances no better.
+    A search that ends above both the goal and the published balance is repeated from the published
+    plan.  That plan, renamed, is also a candidate where the search moved many slots and balances
+    no better.
     """
     experts, ranks, steps = current[0].experts, current[0].ranks, 4 * current[0].slots
     known_N = rank_loads(loads_NE, known_NS, ranks).max(1)
-    goal_N = np.minimum(known_N, loads_NE.sum(1) / ranks * enough)
+    mean_N = loads_NE.sum(1) / ranks
+    goal_N = np.minimum(known_N, mean_N * ENOUGH) if enough is None else mean_N * enough
     now_NS = _slots_of(current)
     near_NS = improve(loads_NE, now_NS, ranks, enough_N=goal_N, steps=steps)
-    stuck_N = rank_loads(loads_NE, near_NS, ranks).max(1) > known_N
+    stuck_N = rank_loads(loads_NE, near_NS, ranks).max(1) > np.maximum(known_N, goal_N)
     near_NS[stuck_N] = improve(
         loads_NE[stuck_N], known_NS[stuck_N], ranks, enough_N=goal_N[stuck_N], steps=steps
     )
