@@ -11,7 +11,7 @@ LARGEST = 448.0
 def encode(x: Tensor) -> Tensor:
     """fp32 -> float8_e4m3fn: nearest, ties to even, saturating at 448 also for inf; NaN stays NaN.
 
-    torch alone turns what lies beyond 464 into NaN; the GPU's conversion saturates.
+    torch 2.13 saturates by itself but does not promise it; the clamp does.
 
     >>> encode(torch.tensor([500.0, 17.0, 2.0**-10])).float().tolist()
     [448.0, 16.0, 0.0]

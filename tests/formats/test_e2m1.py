@@ -30,6 +30,10 @@ def test_a_tie_goes_to_the_even_code_and_too_large_to_six(value, code):
     assert e2m1.encode(torch.tensor([value, -value])).tolist() == [code, code + 8]
 
 
+def test_zero_keeps_its_sign():
+    assert e2m1.encode(torch.tensor([0.0, -0.0, -1e-30])).tolist() == [0, 8, 8]
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (3, 0), (4, 32), (2, 3, 1568), (1, 1632), (1, 2080)])
 def test_pack_and_unpack_are_inverse(shape):
     codes = torch.randint(0, 16, shape, dtype=torch.uint8)

@@ -38,6 +38,19 @@ def test_ten_thousand_rows_are_the_bytes_of_the_oracle(power):
     assert same_bytes(values, np.stack([w[2] for w in want]))
 
 
+@pytest.mark.parametrize(
+    ("largest", "scale", "group"),
+    [(78.08999633789062, 1.37, 9.0), (0.5699999928474426, 0.01, 10.0)],
+)
+def test_the_order_of_the_two_roundings_before_a_group_scale(largest, scale, group):
+    """(largest / 6) * (1 / scale): another order puts these two on the other side of a tie."""
+    x = torch.zeros(1, 16)
+    x[0, 0] = largest
+    packed, groups = nvfp4.quantise(x, torch.tensor(scale))
+    assert groups.float().item() == group
+    assert same_bytes(packed, nvfp4_row(x[0].numpy(), np.float32(scale))[0])
+
+
 @pytest.mark.parametrize("hidden", [1568, 1632, 2080])
 @pytest.mark.parametrize("rows", [0, 3])
 def test_widths_that_are_no_multiple_of_64(hidden, rows):
