@@ -71,14 +71,14 @@ def connect(
     names: Sequence[bytes],
     nonce: bytes,
     watch: Watch,
+    links: dict[int, socket.socket],
     limit_s: float,
-) -> dict[int, socket.socket]:
-    """One socket to every peer.  Rank r calls the ranks below it and answers those above it.
+) -> None:
+    """One socket to every peer into ``links``: rank r calls the ranks below, answers those above.
 
-    ``PeerLost`` at once if a peer ends on the way, and after ``limit_s`` if one does not come.
-    Callers that are refused are logged and change nothing.
+    ``PeerLost`` at once if a peer ends on the way, and after ``limit_s`` if one does not come; the
+    caller closes what is in ``links`` by then.  Callers that are refused are logged, no more.
     """
-    links: dict[int, socket.socket] = {}
     callers: dict[int, _Caller] = {}
     until = time.monotonic() + limit_s
     try:
@@ -99,14 +99,9 @@ def connect(
                 raise _lost(me, absent, "stopped", why)
             _listen(door, callers, watch, absent, until)
             _answer(me, peers, callers, links, nonce)
-    except BaseException:
-        for link in links.values():
-            link.close()
-        raise
     finally:
         for caller in callers.values():
             caller.link.close()
-    return links
 
 
 def _lost(me: int, lost: Sequence[Peer], how: str, text: str) -> PeerLost:

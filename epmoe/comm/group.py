@@ -13,7 +13,8 @@ from typing import Any
 from epmoe.comm import door as doors
 from epmoe.comm import launcher, meeting
 from epmoe.comm.fds import close_all
-from epmoe.comm.mesh import LARGEST, Answer, Kind, Mesh
+from epmoe.comm.mesh import Mesh
+from epmoe.comm.message import LARGEST, Answer, Kind
 from epmoe.comm.peer import PACKED, Peer
 from epmoe.comm.watch import Watch
 from epmoe.errors import ConfigMismatch, EpmoeError, PeerLost
@@ -54,14 +55,14 @@ class Group:
             if self.one_host:
                 names = [one[PACKED : PACKED + doors.NAME] for one in said]
                 nonce = hashlib.sha256(b"".join(one[-doors.NONCE :] for one in said)).digest()
-                links = doors.connect(
-                    self.rank, self.peers, door, names, nonce, watch, min(CONNECT_S, limit_s)
+                self._mesh = Mesh(self.rank, self.peers, {}, watch)
+                within = min(CONNECT_S, limit_s)
+                doors.connect(
+                    self.rank, self.peers, door, names, nonce, watch, self._mesh.links, within
                 )
-                self._mesh = Mesh(self.rank, self.peers, links, watch)
                 self.allgather(b"", what="forming the group", limit_s=CONNECT_S)
         except BaseException as error:
-            if self._mesh:
-                self._mesh.leave("raised", f"{type(error).__name__}: {error}")
+            self._leave_by(error)
             if watch:
                 watch.close()
             raise
@@ -120,7 +121,7 @@ class Group:
                 self._tell(phase, error, limit_s)
             raise
         except BaseException as error:  # Ctrl-C: tell, but wait for nobody
-            self._leave("raised", f"left {phase!r} by {type(error).__name__}")
+            self._leave_by(error, phase)
             raise
         self._exchange(Kind.VALUE, b"", what=f"end of {phase}", limit_s=limit_s)
 
@@ -171,11 +172,6 @@ class Group:
             return ConfigMismatch("ranks call in different order: " + ", ".join(lines))
         return None
 
-    def _leave(self, how: str, text: str, culprit: int = -1) -> None:
-        if self._mesh and not self._mesh.broken:
-            self._mesh.broken = PeerLost(f"rank {self.rank} {text}", ranks=(self.rank,), how=how)
-            self._mesh.leave(how, text, culprit=culprit)
-
     def close(self, error: BaseException | None = None) -> None:
         """Leave: local, waits for nobody, twice is fine.  Peers that still need me are told why."""
         if self._closed:
@@ -184,13 +180,20 @@ class Group:
         if os.getpid() != self._opener:  # a forked copy closes its copies, and says nothing
             for link in self._mesh.links.values() if self._mesh else ():
                 link.close()
-        elif error is None:
-            self._leave("closed", "closed the group")
-        elif isinstance(error, PeerLost):
-            self._leave(error.how, str(error), error.ranks[0])
         else:
-            self._leave("raised", f"left by {type(error).__name__}: {error}")
+            self._leave_by(error)
         self.watch.close()
+
+    def _leave_by(self, error: BaseException | None, where: str = "the group") -> None:
+        if self._mesh is None or self._mesh.broken:
+            return
+        how, text, culprit = "closed", f"closed {where}", -1
+        if isinstance(error, PeerLost):  # I am not the cause
+            how, text, culprit = error.how, str(error), error.ranks[0]
+        elif error is not None:
+            how, text = "raised", f"left {where} by {type(error).__name__}: {error}"
+        self._mesh.broken = PeerLost(f"rank {self.rank} {text}", ranks=(self.rank,), how=how)
+        self._mesh.leave(how, text, culprit=culprit)
 
     def __enter__(self) -> Group:
         return self

@@ -33,8 +33,8 @@ class House:
     def run(self, limit_s):
         names = [self.name] * len(self.peers)
         try:
-            given = (0, self.peers, self.socket, names, NONCE, self.watch, limit_s)
-            self.links = door.connect(*given)
+            given = (0, self.peers, self.socket, names, NONCE, self.watch, self.links, limit_s)
+            door.connect(*given)
         except EpmoeError as error:
             self.error = error
 
@@ -185,7 +185,7 @@ def test_a_door_held_by_another_process_is_not_entered():
     mine, _ = door.listen()
     watch = Watch(me, [])
     with pytest.raises(EpmoeError, match=f"is held by pid {os.getpid()}"):
-        door.connect(1, [there, me], mine, [name, name], NONCE, watch, 1.0)
+        door.connect(1, [there, me], mine, [name, name], NONCE, watch, {}, 1.0)
     for one in (squatter, mine, watch):
         one.close()
 

@@ -13,7 +13,8 @@ import time
 import pytest
 
 from epmoe.comm import mesh
-from epmoe.comm.mesh import Kind, Mesh
+from epmoe.comm.mesh import Mesh
+from epmoe.comm.message import LARGEST, Kind
 from epmoe.comm.peer import Peer
 from epmoe.comm.watch import Watch
 from epmoe.errors import PeerLost
@@ -69,7 +70,7 @@ def test_a_message_byte_by_byte_and_not_a_byte_of_the_next_one(wire):
     [
         (head(mark=b"HTTP"), "sent a head no rank sends"),
         (head(kind=9), "sent a head no rank sends"),
-        (head(size=mesh.LARGEST + 1), "sent a head no rank sends"),
+        (head(size=LARGEST + 1), "sent a head no rank sends"),
         (head(size=2**64 - 1), "sent a head no rank sends"),
         (head(number=7), "sent message 7 where 1 was due"),
         (head(fds=1) + b"it", r"sent 1 descriptors, 0 arrived"),
