@@ -35,11 +35,11 @@ def test_no_order_of_events_breaks_the_round(protocol, rounds, at_least, fault):
 @pytest.mark.parametrize(
     ("protocol", "rounds"),
     [
-        (Protocol(program=FINEST), 4),
+        (Protocol(program=FINEST), 3),
         (Protocol(program=AHEAD, lanes=2), 2),
         (Protocol(ranks=4), 1),
     ],
-    ids=["finest steps, four rounds", "two lanes, three ranks", "four ranks"],
+    ids=["finest steps, three rounds", "two lanes, three ranks", "four ranks"],
 )
 def test_the_larger_searches(protocol, rounds, fault):
     result = search(protocol, rounds=rounds, fault=fault)
