@@ -1,0 +1,100 @@
+"""Drifting traffic on 4 ranks: the balancer keeps the fullest rank near the mean, answers exact."""
+
+import pytest
+import torch
+from ranks import ranks
+from test_migration import held, integer_weights
+
+from epmoe import Balancer, BalanceRule, MoE, MoEConfig
+from epmoe.reference import reference_moe
+from epmoe.sched.loads import Loads
+
+CONFIG = MoEConfig(
+    experts=32,
+    slots=40,
+    choices=2,
+    hidden=64,
+    inner=32,
+    max_rows=64,
+    dtype="fp32",
+    activation="relu2",
+    freight=1 << 16,
+    stall_s=20.0,
+)
+STEPS = 300
+
+
+def hot(step):
+    """Zipf-1.2 popularity whose hot experts wander: every 150 steps the ranks of fame move on."""
+    fame = 1 / torch.arange(1, 33).double() ** 1.2
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(7))
+    popularity = torch.zeros(32, dtype=torch.float64)
+    popularity[order] = fame.roll(step // 150)
+    return popularity
+
+
+def batches(step, size):
+    out = []
+    for rank in range(size):
+        g = torch.Generator().manual_seed(step * 7 + rank)
+        ids = torch.multinomial(hot(step).expand(64, 32), 2, generator=g)
+        out.append((torch.randint(-1, 2, (64, 64), generator=g).float(), ids, torch.ones(64, 2)))
+    return out
+
+
+def ratios(group, rule):
+    """Measured max/mean rows per rank in windows of 50 steps, and how many answers were wrong."""
+    weights = integer_weights(CONFIG)
+    with MoE.open(CONFIG, group) as moe:
+        moe.load(**held(weights, moe.placement, group.rank))
+        moe._seen = [Loads(experts=CONFIG.experts, window=100)]
+        balancer = Balancer([moe], rule) if rule else None
+        observed, wrong, rows_R, out = moe._observe, 0, torch.zeros(group.size), []
+
+        def observe(lane, rows_S):
+            rows_R.add_(rows_S.view(group.size, -1).sum(1))
+            observed(lane, rows_S)
+
+        moe._observe = observe
+        for step in range(STEPS):
+            batch = batches(step, group.size)
+            y = moe(*batch[group.rank])
+            if step % 25 == 0:
+                want = reference_moe(*map(list, zip(*batch, strict=True)), weights, CONFIG)
+                wrong += not torch.equal(y, want[group.rank])
+            if balancer:
+                balancer.step()
+            if step % 50 == 49:
+                out.append(float(rows_R.max() / rows_R.mean()))
+                rows_R.zero_()
+    return out, wrong
+
+
+@ranks(4)
+def test_drifting_load_is_brought_near_the_mean(rank, group):
+    without, wrong = ratios(group, None)
+    assert wrong == 0
+    assert without[0] >= 1.8
+    rule = BalanceRule(interval=25, threshold=1.03, gain=0.02, budget=1 << 15)
+    balanced, wrong = ratios(group, rule)
+    assert wrong == 0
+    last = balanced[len(balanced) // 2 :]
+    assert sum(last) / len(last) <= 1.15, (without, balanced)
+
+
+@ranks(2)
+def test_balanced_or_unknown_loads_move_nothing(rank, group):
+    with MoE.open(CONFIG, group) as moe:
+        moe.load(**held(integer_weights(CONFIG), moe.placement, rank))
+        balancer = Balancer([moe], BalanceRule(interval=1, threshold=1.2))
+        balancer.step()
+        ids = torch.arange(64).remainder(32).view(32, 2)
+        moe(torch.zeros(32, 64), ids, torch.ones(32, 2))
+        balancer.step()
+        assert balancer.moved == 0
+
+
+@pytest.mark.parametrize(("field", "value"), [("interval", 0), ("threshold", 0.9), ("gain", -0.1)])
+def test_a_rule_that_makes_no_sense_is_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        BalanceRule(**{field: value})

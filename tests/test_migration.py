@@ -1,0 +1,241 @@
+"""Experts change places while rounds go on: every answer exact, nothing mixed, nothing left."""
+
+import mmap
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from ranks import ranks
+from sim.cases import draw_step, expected, weights_of
+
+from epmoe import (
+    ConfigMismatch,
+    EpmoeError,
+    Group,
+    MoE,
+    MoEConfig,
+    PeerLost,
+    Placement,
+    local,
+    migration,
+)
+
+EXACT = MoEConfig(
+    experts=8,
+    slots=12,
+    choices=2,
+    hidden=64,
+    inner=32,
+    max_rows=16,
+    dtype="fp32",
+    activation="relu2",  # small integers stay integers: a replica's batch may be cut in any way
+    bias=True,
+    freight=4096,
+    stall_s=5.0,
+    open_s=20.0,
+)
+
+
+def integer_weights(config, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return {n: t.float().round().clamp(-1, 1) for n, t in weights_of(config, g).items()}
+
+
+def integer_step(rng, g, config, size):
+    step = draw_step(rng, g, [config], size)
+    step.x_R = [x.nan_to_num(0.0, 1.0, -1.0).round().clamp(-1, 1) for x in step.x_R]
+    step.weights_R = [(w * 4).nan_to_num(0.0, 4.0, -4.0).round() for w in step.weights_R]
+    return step
+
+
+def held(weights, placement, rank):
+    """Copies of what this rank's slots hold: a migration writes into them."""
+    return {n: w[list(placement.experts_on(rank))].clone() for n, w in weights.items()}
+
+
+def shuffled(rng, config, size):
+    slots = [*range(config.experts)]
+    slots += [rng.randrange(config.experts) for _ in range(config.places - config.experts)]
+    rng.shuffle(slots)
+    return Placement.of(slots, experts=config.experts, ranks=size)
+
+
+def run(moe, weights, size, rounds, rng, g, between=lambda i: None):
+    """Rounds of drawn traffic; how many differ from the oracle."""
+    wrong = 0
+    for i in range(rounds):
+        between(i)
+        step = integer_step(rng, g, moe.config, size)
+        rank = moe._runtime.group.rank
+        y = moe(step.x_R[rank], step.ids_R[rank], step.weights_R[rank], context=step.context)
+        wrong += not torch.equal(y, expected(step, moe.config, weights)[rank])
+    return wrong
+
+
+@ranks(1, 2, 4)
+def test_answers_are_exact_before_during_and_after(rank, group):
+    rng, g = random.Random(3), torch.Generator().manual_seed(3)
+    weights = integer_weights(EXACT)
+    with MoE.open(EXACT, group) as moe:
+        moe.load(**held(weights, moe.placement, rank))
+        addresses = {n: t.data_ptr() for n, t in moe._weights.items()}
+        wanted = []
+
+        def between(i):
+            if i % 60 == 5 and not moe.moving:
+                wanted.append(shuffled(rng, EXACT, group.size))
+                moe.place(wanted[-1], budget=[None, 4096, 512][i // 60 % 3], verify=i % 2 == 0)
+
+        assert run(moe, weights, group.size, 240, rng, g, between) == 0
+        assert moe.epoch >= 3
+        assert moe.placement in wanted
+        for name, slots in held(weights, moe.placement, rank).items():
+            assert torch.equal(moe._weights[name], slots), name
+        assert {n: t.data_ptr() for n, t in moe._weights.items()} == addresses
+
+
+@ranks(4)
+def test_all_ranks_count_the_same_loads(rank, group):
+    config = EXACT
+    weights = integer_weights(config)
+    with MoE.open(config, group) as moe:
+        moe.load(**held(weights, moe.placement, rank))
+        chosen = torch.zeros(config.experts, dtype=torch.float64)
+        for i in range(20):
+            g = torch.Generator().manual_seed(i)
+            ids_R = [torch.randint(-1, config.experts, (7 + r, 2), generator=g) for r in range(4)]
+            moe(torch.zeros(7 + rank, 64), ids_R[rank], torch.ones(7 + rank, 2))
+            for ids in ids_R:
+                chosen += torch.bincount(ids[ids >= 0], minlength=config.experts)
+        assert torch.equal(moe.loads(), chosen)
+
+
+@ranks(2)
+def test_a_damaged_slot_is_noticed_and_the_old_placement_stays(rank, group):
+    weights = integer_weights(EXACT)
+    with MoE.open(EXACT, group) as moe:
+        moe.load(**held(weights, moe.placement, rank))
+        before, slots = moe.placement, {n: t.clone() for n, t in moe._weights.items()}
+        if rank == 1:
+            take = migration.Migration._take
+
+            def damaged(self, parcel):
+                take(self, parcel)
+                self._shadows[parcel.slot][parcel.at] ^= 1
+
+            migration.Migration._take = damaged
+        try:
+            with pytest.raises(EpmoeError, match="arrived damaged|raised"):
+                moe.place(shuffled(random.Random(1), EXACT, 2), verify=True)
+        finally:
+            if rank == 1:
+                migration.Migration._take = take
+        assert moe.placement == before
+        assert all(torch.equal(moe._weights[n], t) for n, t in slots.items())
+
+
+@ranks(2)
+def test_what_cannot_be_placed_is_refused_on_all_ranks(rank, group):
+    small = Placement.linear(8, 8, 2)
+    with MoE.open(EXACT, group) as moe:
+        moe.load(**held(integer_weights(EXACT), moe.placement, rank))
+        with pytest.raises(ValueError, match="placement must have 12 slots, got 8"):
+            moe.place(small)
+        with pytest.raises(ValueError, match=r"budget must be in 16\.\.4096 \(freight\), got 5000"):
+            moe.place(moe.placement, budget=5000)
+        with pytest.raises((TypeError, EpmoeError), match="must be a Placement"):
+            moe.place(moe.placement if rank else "elsewhere")
+        other = shuffled(random.Random(rank), EXACT, 2)
+        with pytest.raises(ConfigMismatch, match="placement differs"):
+            moe.place(other)
+        assert not moe.moving
+
+
+def killed_while_moving(seed):
+    """One schedule: a rank is killed, or fails, at a random moment of a migration."""
+    rng = random.Random(seed)
+    size, fails = 3, rng.random() < 0.5
+    victim, delay = rng.randrange(size), rng.random() * 0.03
+    config = MoEConfig(**{f: getattr(EXACT, f) for f in EXACT.__slots__} | {"slots": 9})
+    weights = integer_weights(config)
+    loaded = mmap.mmap(-1, size)  # shared with the forks: who may be killed from now on
+
+    def body(rank):
+        draws, g = random.Random(seed), torch.Generator().manual_seed(seed)
+        with Group.from_env() as group, MoE.open(config, group) as moe:
+            moe.load(**held(weights, moe.placement, rank))
+            known, wrong, returned = {0: moe.placement}, 0, 0
+            loaded[rank] = 1
+            if fails and rank == victim:
+                strike(moe, int(delay * 1000))
+            try:
+                for i in range(400):
+                    if i % 10 == 5 and not moe.moving:
+                        moe.place(shuffled(draws, config, size), budget=2048)
+                        known[moe.epoch + 1] = moe._migration.new
+                    wrong += run(moe, weights, size, 1, draws, g)
+                    returned += 1
+            except (PeerLost, Struck) as error:
+                mixed = known[moe.epoch] != moe.placement or any(
+                    not torch.equal(moe._weights[n], t)
+                    for n, t in held(weights, moe.placement, rank).items()
+                )
+                lost = list(getattr(error, "ranks", (rank,)))
+                return [wrong, mixed, lost, returned]
+            return [wrong, False, None, returned]
+
+    with local.fork_ranks(size, body) as job:
+        if not fails:
+            until = time.monotonic() + 20
+            while loaded[:] != b"\1" * size and time.monotonic() < until:
+                time.sleep(0.001)
+            time.sleep(delay)
+            os.kill(job.pids[victim], signal.SIGKILL)
+        outcomes = job.wait(30)
+    for outcome in outcomes:
+        if outcome.rank == victim and not fails:
+            continue
+        assert outcome.ok, (seed, outcome.rank, outcome.error, outcome.log)
+        wrong, mixed, lost, _ = outcome.result
+        assert wrong == 0, (seed, outcome)
+        assert not mixed, (seed, outcome)
+        assert lost in ([victim], None), (seed, outcome)
+        assert lost or not fails, (seed, outcome)
+
+
+class Struck(Exception):
+    """The planted fault."""
+
+
+def strike(moe, at):
+    """Let this rank fail in its ``at``-th parcel of freight."""
+    left = [at]
+    place = moe.place
+
+    def placed(*args, **kwargs):
+        place(*args, **kwargs)
+        take = moe._migration._take
+
+        def struck(parcel):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Struck
+            take(parcel)
+
+        moe._migration._take = struck
+
+    moe.place = placed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rank_that_dies_or_fails_leaves_no_mixed_placement(seed):
+    killed_while_moving(seed)
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("seed", range(20, 220))
+def test_200_schedules_leave_no_mixed_placement(seed):
+    killed_while_moving(seed)
