@@ -11,7 +11,7 @@ from epmoe.moe import MoE
 from epmoe.reference import reference_moe
 from epmoe.sched.balance import rebalance
 from epmoe.sched.placement import Placement
-from epmoe.sched.route import route
+from epmoe.sched.route import Router, Routing, route
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,8 @@ __all__ = [
     "MoEConfig",
     "PeerLost",
     "Placement",
+    "Router",
+    "Routing",
     "rebalance",
     "reference_moe",
     "route",
