@@ -78,6 +78,7 @@ def show_layout(config: MoEConfig, ranks: int, *, as_json: bool) -> int:
     """Every region of the slab, its sum, and the sum over all ranks."""
     if ranks < 1:
         raise ValueError(f"--ranks must be at least 1, got {ranks}")
+    config.slots_per_rank(ranks)  # refuses what open would refuse
     regions, total = table([config], ranks), layout([config], ranks).total
     if as_json:
         names = ("region", "at", "shape", "bytes")

@@ -24,18 +24,12 @@ def console(file: TextIO | None = None) -> Console:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """One table on stdout; a column whose name begins with ``>`` is set to the right."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="",
-        box=box.SIMPLE_HEAD,
-        show_header=any(columns),
-    )
+    out = console()
+    out.print(_plain(title, out), style="bold", soft_wrap=True)
+    table = Table(header_style="", box=box.SIMPLE_HEAD, show_header=any(columns))
     for name in columns:
         right = name.startswith(">")
         table.add_column(name.removeprefix(">"), justify="right" if right else "left")
-    out = console()
     for row in rows:
         table.add_row(*(_plain(cell, out) for cell in row))
     out.print(table)

@@ -1,4 +1,4 @@
-"""Dispatch and combine alone: epmoe's verbs, and what a user of torch.distributed writes for it."""
+"""Dispatch and combine alone, by epmoe's verbs and by gloo, in one run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from epmoe.cli.gloo import LIMIT_S, Gloo
 from epmoe.comm.group import Group
+from epmoe.comm.words import Y
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.formats import DTYPE
@@ -22,8 +23,7 @@ from epmoe.kernels.host import HostOps
 from epmoe.kernels.ops import VERBS
 from epmoe.runtime import Runtime
 
-LIMIT_S = 60.0
-NAMES = ("epmoe", "gloo all-to-all", "gloo, whole")
+EPMOE, EPMOE_MOVED, GLOO, GLOO_MOVED = "epmoe", "epmoe, rows moved", "gloo", "gloo, rows moved"
 
 
 @dataclass(slots=True)
@@ -51,10 +51,10 @@ class Report:
     verbs: dict[str, float]
 
     @property
-    def ratio(self) -> float:
-        """epmoe's median over that of gloo's bare all-to-all."""
-        ours, theirs = (self.times[name].described()["median"] for name in NAMES[:2])
-        return ours / theirs
+    def ratios(self) -> dict[str, float]:
+        """epmoe's median over gloo's: for the whole, and for the moving of rows alone."""
+        us = {name: times.described()["median"] for name, times in self.times.items()}
+        return {"whole": us[EPMOE] / us[GLOO], "rows moved": us[EPMOE_MOVED] / us[GLOO_MOVED]}
 
 
 class Epmoe:
@@ -74,10 +74,11 @@ class Epmoe:
         )
         self._runtime.views.append(self._ops.close)
         self.verbs: dict[str, list[float]] = {}
+        self.moved: list[float] = []
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every row back from each of its choices, weighted and summed."""
-        ops, config = self._ops, self._config
+        ops, config, started = self._ops, self._config, time.perf_counter()
         with self._runtime.turn(0) as turn:
             round = turn.round
             head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
@@ -90,7 +91,10 @@ class Epmoe:
             y = records.view(DTYPE[config.dtype])[:, : config.hidden]
             with self._clock("push, Y"):
                 ops.push(y, plan, round)
-            with self._clock("wait Y, reduce"):
+            with self._clock("wait Y"):  # reduce would wait; here it finds all of them
+                turn.words.wait(Y, round, LIMIT_S)
+            self.moved.append(time.perf_counter() - started)
+            with self._clock("reduce"):
                 out = ops.reduce(ids, weights, None, round, LIMIT_S)
             turn.round += 1
         return out
@@ -104,71 +108,6 @@ class Epmoe:
     def close(self) -> None:
         """Leave and unmap."""
         self._runtime.close()
-
-
-class Gloo:
-    """The same by all_to_all_single, as its user has to: sort, counts, rows, results, sum."""
-
-    def __init__(self, config: MoEConfig, group: Group) -> None:
-        self._ranks, self._each = group.size, config.slots_per_rank(group.size)
-        serve = group.rank == 0
-        store = _store(0, serve=True) if serve else None
-        port = str(store.port).encode() if store else b""
-        port = group.allgather(port, what="port of the store", limit_s=LIMIT_S)[0]
-        store = store or _store(int(port), serve=False)
-        dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size)
-
-    def sort(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cells by expert, the rows in that order, and how many go to each expert."""
-        flat = ids.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        return order, x[order // ids.shape[1]], torch.bincount(flat, minlength=self._experts)
-
-    @property
-    def _experts(self) -> int:
-        return self._ranks * self._each
-
-    def counts(self, counts: Tensor) -> tuple[list[int], list[int]]:
-        """Rows to and from each rank."""
-        theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts)
-        to, fro = (c.view(self._ranks, self._each).sum(1).tolist() for c in (counts, theirs))
-        return to, fro
-
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Every row back from each of its choices, weighted and summed."""
-        order, rows, counts = self.sort(x, ids)
-        to, fro = self.counts(counts)
-        came = rows.new_empty(sum(fro), rows.shape[1])
-        dist.all_to_all_single(came, rows, fro, to)
-        back = torch.empty_like(rows)
-        dist.all_to_all_single(back, came, to, fro)
-        cells = torch.empty_like(back)
-        cells[order] = back
-        cells = cells.view(*ids.shape, -1)
-        out = torch.zeros(x.shape)
-        for k in range(ids.shape[1]):
-            out += weights[:, k, None] * cells[:, k].float()
-        return out.to(x.dtype)
-
-    def bare(self, x: Tensor, ids: Tensor) -> Callable[[], Tensor]:
-        """The three all-to-alls alone, everything else done before."""
-        _, rows, counts = self.sort(x, ids)
-        to, fro = self.counts(counts)
-        came, back = rows.new_empty(sum(fro), rows.shape[1]), torch.empty_like(rows)
-
-        def exchange() -> Tensor:
-            theirs = torch.empty_like(counts)
-            dist.all_to_all_single(theirs, counts)
-            dist.all_to_all_single(came, rows, fro, to)
-            dist.all_to_all_single(back, came, to, fro)
-            return back
-
-        return exchange
-
-    def close(self) -> None:
-        """The process group was made here."""
-        dist.destroy_process_group()
 
 
 def run(
@@ -189,20 +128,23 @@ def run(
         with group.guarded("compare the results", LIMIT_S):
             if not torch.equal(ours, theirs):
                 raise EpmoeError(f"rank {group.rank}: epmoe and gloo give different results")
-        contestants: list[Callable[[], Tensor]] = [
-            lambda: epmoe(x, ids, weights),
-            bare,
-            lambda: gloo(x, ids, weights),
-        ]
-        mine: list[list[float]] = [[], [], []]
+        contestants: dict[str, Callable[[], Tensor]] = {
+            EPMOE: lambda: epmoe(x, ids, weights),
+            GLOO: lambda: gloo(x, ids, weights),
+            GLOO_MOVED: bare,
+        }
+        epmoe.moved.clear()
+        mine: dict[str, list[float]] = {name: [] for name in contestants}
+        order = list(contestants)
         for round in range(rounds):
-            for turn in range(3):
-                which = (round + turn) % 3
+            for name in order:
                 group.allgather(b"", what="start", limit_s=LIMIT_S)
                 started = time.perf_counter()
-                contestants[which]()
-                mine[which].append(time.perf_counter() - started)
+                contestants[name]()
+                mine[name].append(time.perf_counter() - started)
+            order.append(order.pop(0))
             tell(round + 1)
+        mine[EPMOE_MOVED] = epmoe.moved
         verbs = {verb: statistics.median(times) for verb, times in epmoe.verbs.items()}
         raw = json.dumps([mine, verbs]).encode()
         said = [json.loads(one) for one in group.allgather(raw, what="times", limit_s=LIMIT_S)]
@@ -210,17 +152,26 @@ def run(
         epmoe.close()
         gloo.close()
     warm = rounds // 10
-    slowest = [[max(t) for t in zip(*(s[0][i] for s in said), strict=True)] for i in range(3)]
-    payload = rows * config.choices * config.hidden * config.itemsize
+    slowest = {
+        name: Times([max(t) for t in zip(*(one[0][name] for one in said), strict=True)][warm:])
+        for name in (EPMOE, GLOO, EPMOE_MOVED, GLOO_MOVED)
+    }
+    each_way = config.hidden * config.itemsize
     owner = ids // config.slots_per_rank(group.size)
-    away = int((owner != group.rank).sum()) * config.hidden * config.itemsize
-    shape = {"ranks": group.size, "rows": rows, "hidden": config.hidden, "dtype": config.dtype}
     return Report(
-        shape
-        | {"experts": config.experts, "choices": config.choices, "rounds": rounds - warm}
-        | {"payload_bytes": payload, "away_bytes": away},
-        {name: Times(times[warm:]) for name, times in zip(NAMES, slowest, strict=True)},
-        {verb: 1e6 * statistics.median(s[1][verb] for s in said) for verb in verbs},
+        {
+            "ranks": group.size,
+            "rows": rows,
+            "hidden": config.hidden,
+            "dtype": config.dtype,
+            "experts": config.experts,
+            "choices": config.choices,
+            "rounds": rounds - warm,
+            "payload_bytes": ids.numel() * each_way,
+            "away_bytes": int((owner != group.rank).sum()) * each_way,
+        },
+        slowest,
+        {verb: 1e6 * statistics.median(one[1][verb] for one in said) for verb in verbs},
     )
 
 
@@ -229,10 +180,3 @@ def _drawn(config: MoEConfig, rows: int, seed: int) -> tuple[Tensor, Tensor, Ten
     x = torch.randn(rows, config.hidden, generator=g).to(DTYPE[config.dtype])
     ids = torch.rand(rows, config.experts, generator=g).topk(config.choices).indices
     return x, ids, torch.rand(rows, config.choices, generator=g)
-
-
-def _store(port: int, *, serve: bool) -> Any:
-    """Where gloo's ranks of this machine meet; port 0 takes a free one."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
-
-    return TCPStore("127.0.0.1", port, is_master=serve, wait_for_workers=False)
