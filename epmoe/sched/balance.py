@@ -127,10 +127,19 @@ def _from_current(
     for n, old in enumerate(current):
         ways = []
         for row in (near_NS[n], known_NS[n])[: 1 + bool(known_too_N[n])]:
-            new = aligned(old, Placement.of(row, experts=experts, ranks=ranks))
-            ways.append(retracted(loads_NE[n], old, new, float(limit_N[n])))
+            new = Placement.of(row, experts=experts, ranks=ranks)
+            ways.append(_fewest_moves(loads_NE[n], old, new, float(limit_N[n])))
         found.append(min(ways, key=lambda new: _changed(old, new)))  # the first of equals
     return tuple(found)
+
+
+def _fewest_moves(loads_E: Floats, old: Placement, new: Placement, limit: float) -> Placement:
+    """Rename ranks and take changes back, in turn, until neither saves a move."""
+    while True:
+        back = retracted(loads_E, old, aligned(old, new), limit)
+        new = aligned(old, back)
+        if _changed(old, new) == _changed(old, back):
+            return back
 
 
 def max_over_mean(loads: Any, placements: Sequence[Placement]) -> list[float]:

@@ -5,8 +5,7 @@ busy.  Every change starts at the fullest rank of its layer:
 
 * *swap*: one of its slots against a slot of another rank; two slots move;
 * *gift*: one of its experts gets one more replica, in the place of a replica of an expert that has
-  several; one slot moves;
-* *take*: one of its replicas of an expert that has several makes room for a cold expert; one slot.
+  several; one slot moves.
 
 A change must lower the fullest rank and lift no rank to where that was, so the search ends.
 """
@@ -74,7 +73,7 @@ class _Offer(NamedTuple):
 
 
 def _offers(loads_NE: Floats, expert_NS: Ints, ranks: int) -> tuple[Floats, list[_Offer]]:
-    """Load of the fullest rank, and the best gift, take and swap (only a swap if nobody has two).
+    """Load of the fullest rank, and the best gift and swap (only a swap if nobody has replicas).
 
     P counts the slots of experts with several replicas.
     """
@@ -91,10 +90,9 @@ def _offers(loads_NE: Floats, expert_NS: Ints, ranks: int) -> tuple[Floats, list
     mine_NL = full_N[:, None] * per_rank + np.arange(per_rank)
     at_NS = np.repeat(load_NR, per_rank, axis=1)
 
-    apart_NS = at_NS.copy()
-    apart_NS[n1, mine_NL] = np.inf
+    # A swap inside the fullest rank scores that rank's load or more, so it needs no mask.
     shift_NLS = each_NS[n1, mine_NL][:, :, None] - each_NS[:, None, :]
-    score_NLS = np.maximum(top_N[:, None, None] - shift_NLS, apart_NS[:, None, :] + shift_NLS)
+    score_NLS = np.maximum(top_N[:, None, None] - shift_NLS, at_NS[:, None, :] + shift_NLS)
     score_N, a_N, b_N = _lowest(score_NLS)
     pair = np.stack([mine_NL[n, a_N], b_N], axis=1)
     swap = _Offer(score_N, pair, expert_NS[n1, pair[:, ::-1]])
@@ -123,13 +121,7 @@ def _offers(loads_NE: Floats, expert_NS: Ints, ranks: int) -> tuple[Floats, list
     score_NLP[hot_NL[:, :, None] == held_NP[:, None, :]] = np.inf
     score_N, a_N, b_N = _lowest(score_NLP)
     gift = _Offer(score_N, spare_NP[n, b_N][:, None], hot_NL[n, a_N][:, None])
-
-    cold_N = more_NE.argmin(1)
-    score_NP = np.maximum(freed_NP + more_NE[n, cold_N][:, None], others_NP)
-    score_NP[(rank_NP != full_N[:, None]) | (held_NP == cold_N[:, None])] = np.inf
-    b_N = score_NP.argmin(1)
-    take = _Offer(score_NP[n, b_N], spare_NP[n, b_N][:, None], cold_N[:, None])
-    return top_N, [gift, take, swap]
+    return top_N, [gift, swap]
 
 
 def _lowest(score_NAB: Floats) -> tuple[Floats, Ints, Ints]:

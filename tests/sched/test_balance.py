@@ -11,9 +11,10 @@ import torch
 
 from epmoe.config import MoEConfig
 from epmoe.sched.balance import loads_by_rank, max_over_mean, plan, rebalance
-from epmoe.sched.moves import moves
+from epmoe.sched.moves import aligned, moves
 from epmoe.sched.placement import Placement
 from epmoe.sched.published import published
+from epmoe.sched.retract import retracted
 
 
 def config(experts: int, slots: int = 0) -> MoEConfig:
@@ -129,6 +130,18 @@ def test_enough_trades_balance_for_moves():
         moved.append(sum(len(moves(a, b)) for a, b in zip(now, found, strict=True)))
         assert np.less_equal(max_over_mean(drifted, found), np.maximum(known, enough)).all()
     assert moved[0] > moved[1] > moved[2] > moved[3] > 0
+
+
+def test_no_renaming_of_ranks_and_no_single_step_back_would_save_a_move():
+    random = np.random.default_rng(2)
+    for loads, slots, ranks in many(12, 15, layers=4):
+        shape = {"slots": slots, "ranks": ranks}
+        now = published(loads, **shape)
+        drifted = loads * random.uniform(0.5, 2, loads.shape)
+        for old, new, row in zip(now, plan(drifted, **shape, current=now), drifted, strict=True):
+            top = loads_by_rank(row, [new]).max()
+            for less in (aligned(old, new), retracted(row, old, new, top)):
+                assert len(moves(old, less)) == len(moves(old, new))
 
 
 def test_enough_that_cannot_be_reached_is_still_no_worse_than_published():

@@ -65,6 +65,12 @@ def test_many_layers_at_once_equal_one_at_a_time(seed):
     assert [list(p.expert_of_S) for p in got] == [one_at_a_time(w, slots, ranks) for w in loads]
 
 
+def test_a_tie_in_float32_is_a_tie():
+    third = float(np.float32(1) / np.float32(3))  # in float64 this is more than 1 / 3
+    (got,) = published([1, third], slots=4, ranks=2)
+    assert got.expert_of_S == (0, 0, 1, 0)
+
+
 def test_no_load_at_all_is_planned_as_equal_loads():
     (got,) = published([0.0] * 6, slots=12, ranks=4)
     assert got.counts_E.tolist() == [2] * 6
