@@ -26,6 +26,7 @@ KINDS = ("C", "Y", "leave")
 ROUNDS = 1 << 32
 VALUES = 1 << 31
 HOWS = ("exited", "raised", "stopped", "corrupt", "closed")  # the first known cause is reported
+STOPPED = ("T", "t")  # process states: by a signal, by a debugger
 
 
 def pause(spins: int = 0) -> None:
@@ -201,12 +202,15 @@ class Words:
         )
 
     def _stalled(self, lacking: list[int], kind: int, round: int, waited: float) -> PeerLost:
-        states = ", ".join(f"{self._describe(r)} is in state {self._state_of(r)}" for r in lacking)
+        """A peer that itself waits for a stopped one is silent too: the stopped one is blamed."""
+        states = {r: self._state_of(r) for r in lacking}
+        blamed = [r for r in lacking if states[r] in STOPPED] or lacking
+        told = ", ".join(f"{self._describe(r)} is in state {states[r]}" for r in blamed)
         return PeerLost(
             f"nothing came for {waited:.1f} s in round {round}; this rank ({self.rank}) was "
-            f"waiting for {KINDS[kind]}: {states}\n{self.report()}\n"
+            f"waiting for {KINDS[kind]}: {told}\n{self.report()}\n"
             "  This heap is closed on all ranks.",
-            ranks=tuple(lacking),
+            ranks=tuple(blamed),
             how="stopped",
             round=round,
         )

@@ -1,117 +1,116 @@
-"""Ranks as threads of one process that run one at a time; the seed alone decides who is next.
+"""Threads that run one at a time; the seed alone decides who is next, who dies and who is stopped.
 
-The real host code runs: only ``words.pause`` (the one place a rank gives way) is replaced, the heap
-is made of byte arrays, and the group is a name tag.
+The real host code runs: only ``words.pause`` (the one place a rank gives way) and its clock are
+replaced.  Time stands still until nobody can move; then it jumps past the stall limit, so a hang of
+the protocol is an error that the verdict sees, as fast as anything else.
 """
 
 from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
-import torch
-
 from epmoe.comm import words
-from epmoe.comm.layout import layout
-from epmoe.moe import MoE
-from epmoe.runtime import Runtime
 
-STEPS = 200_000  # more than any case needs: a case that gets here hangs
+STEPS = 100_000  # far more than any case needs: one that gets here loops outside of the waits
+STALL_S = 30.0  # what the simulated configs say
+POLLS = 70  # a wait looks at the clock every 64 turns
 
 
 class Hang(BaseException):
-    """No rank can finish.  Not an Exception: nothing on the way may catch it."""
+    """A loop without an end.  Not an Exception: nothing on the way may catch it."""
+
+
+class Killed(BaseException):
+    """This rank's process has ended: nothing of it may run but the way out of its thread."""
 
 
 class Baton:
-    def __init__(self, ranks, seed):
+    """``threads[i]`` belongs to rank ``rank_of[i]``.
+
+    ``strike = (rank, n, act)`` calls ``act()`` at the n-th pause of that rank outside of waiting.
+    """
+
+    def __init__(self, rank_of, seed, strike=None):
         self.rng = random.Random(seed)
-        self.go = [threading.Semaphore(0) for _ in range(ranks)]
+        self.rank_of, self.strike = list(rank_of), strike
+        self.go = [threading.Semaphore(0) for _ in self.rank_of]
         self.back = threading.Semaphore(0)
-        self.live = list(range(ranks))
-        self.at = -1
-        self.steps = 0
+        self.live = list(range(len(self.rank_of)))
+        self.at, self.steps, self.clock = -1, 0, 1.0
+        self.pauses = Counter()  # by rank
+        self.polled = Counter()  # by thread, since anybody last did something
+        self.news = []  # (step, call): what the watch of some rank learns then
+        self.dead, self.frozen = set(), set()
 
     def pause(self, spins=0):
         me = self.at
+        rank = self.rank_of[me]
+        if spins:
+            self.polled[me] += 1
+        else:
+            self.polled.clear()
+            self.pauses[rank] += 1
+            if self.strike and self.strike[:2] == (rank, self.pauses[rank]):
+                self.strike[2]()
         self.back.release()
         self.go[me].acquire()
+        if rank in self.dead:
+            raise Killed
         if self.steps > STEPS:
             raise Hang
 
-    def run(self, body):
-        """``body(rank)`` on every rank; rank → what it raised."""
+    def run(self, bodies):
+        """Run every body to its end; thread → what it raised."""
         errors = {}
 
-        def rank(me):
+        def thread(me):
             self.go[me].acquire()
             try:
-                body(me)
-            except (Exception, Hang) as error:
+                if self.rank_of[me] not in self.dead:
+                    bodies[me]()
+            except BaseException as error:  # the verdict wants all of them
                 errors[me] = error
             self.live.remove(me)
+            self.polled.clear()
             self.back.release()
 
-        threads = [threading.Thread(target=rank, args=(me,), daemon=True) for me in self.live]
-        for thread in threads:
-            thread.start()
-        # Two-phase: first whether this run has a slow rank at all, then who it is.
+        threads = [threading.Thread(target=thread, args=(me,), daemon=True) for me in self.live]
+        for one in threads:
+            one.start()
+        # Two-phase: first whether this run has a slow thread at all, then which it is.
         slow = self.rng.choice([None, *self.live])
-        real, words.pause = words.pause, self.pause
+        self.share = self.rng.choice([0.1, 0.1, 0.1, 0.03])
+        real = words.pause, words.time
+        words.pause, words.time = self.pause, SimpleNamespace(monotonic=lambda: self.clock)
         try:
             while self.live:
-                fast = [r for r in self.live if r != slow or self.rng.random() < 0.1]
-                self.at = self.rng.choice(fast or self.live)
-                self.steps += 1
-                self.go[self.at].release()
-                self.back.acquire()
+                self._turn(slow)
         finally:
-            words.pause = real
-        for thread in threads:
-            thread.join()
+            words.pause, words.time = real
+        for one in threads:
+            one.join()
         return errors
 
+    def _turn(self, slow):
+        self.steps += 1
+        while self.news and self.news[0][0] <= self.steps:
+            self.news.pop(0)[1]()
+        ready = [t for t in self.live if self.rank_of[t] not in self.frozen]
+        if not ready:
+            self.frozen.clear()  # the others are done: the stopped rank is continued
+            ready = self.live
+        if not self.news and all(self.polled[t] >= POLLS for t in ready):
+            self.clock += 2 * STALL_S
+            self.polled.clear()
+        fast = [t for t in ready if t != slow or self.rng.random() < self.share]
+        self.at = self.rng.choice(fast or ready)
+        self.go[self.at].release()
+        self.back.acquire()
 
-class BytesHeap:
-    generation = 1
-
-    def __init__(self, rank, slabs):
-        self.rank, self.ranks, self._slabs = rank, len(slabs), slabs
-
-    @property
-    def mine(self):
-        return self._slabs[self.rank]
-
-    def peer(self, rank):
-        return self._slabs[rank]
-
-    def close(self):
-        pass
-
-
-def layers(configs, ranks, *, poison=True):
-    """``[rank][layer]``: MoE objects over one heap of byte arrays, no weights loaded yet.
-
-    Rows, lists and results start as NaN or nonsense: whoever reads what nobody wrote is found.
-    """
-    placed = layout(configs, ranks)
-    slabs = [torch.zeros(placed.total, dtype=torch.uint8) for _ in range(ranks)]
-    if poison:
-        for slab in slabs:
-            for at in placed.lanes:
-                for layer in at:
-                    for name in ("rows", "lists", "results", "weights"):
-                        region = layer[name]
-                        slab[region.at : region.at + region.bytes] = 0xFF
-    made = []
-    for rank in range(ranks):
-        group = SimpleNamespace(
-            rank=rank,
-            size=ranks,
-            peers=[f"rank {r}" for r in range(ranks)],
-            watch=SimpleNamespace(lost={}, state_of=lambda peer: "R"),
-        )
-        runtime = Runtime(configs, group, BytesHeap(rank, slabs), placed)
-        made.append([MoE(runtime, layer) for layer in range(len(configs))])
-    return made
+    def later(self, call):
+        """Let ``call()`` happen at some step from now on, perhaps the next."""
+        self.news.append((self.steps + self.rng.choice([0, 0, 5, 40]), call))
+        self.news.sort(key=lambda item: item[0])

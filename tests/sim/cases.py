@@ -1,244 +1,265 @@
-"""What a seed means: shapes, routing, chunks, two layers, a fault or none; and the verdict."""
+"""One seed: a program for every lane of every rank, a fault or none; and the verdict."""
 
 from __future__ import annotations
 
-import math
 import random
-from dataclasses import dataclass
 
 import torch
-from sim.baton import Baton, layers
+from sim.baton import Baton
+from sim.draw import (
+    Step,
+    disagree,
+    draw_config,
+    draw_ids,
+    draw_step,
+    slots_of,
+    spoil,
+    weights_of,
+)
+from sim.oracle import expected, same
+from sim.slabs import layers, load_alone
 
-from epmoe.config import ACTIVATIONS, MoEConfig
-from epmoe.context import ForwardContext
-from epmoe.errors import PeerLost
-from epmoe.reference import reference_moe
+from epmoe.comm.words import ROUNDS, Y
+from epmoe.errors import ConfigMismatch, EpmoeError, Evicted, PeerLost
 from epmoe.sched.chunks import plan_chunks
+
+FAULTS = (
+    None,
+    None,
+    None,
+    "refuse",
+    "refuse",
+    "raise",
+    "close",
+    "kill",
+    "kill",
+    "stop",
+    "disagree",
+)
+HOW = {"raise": "raised", "close": "closed", "kill": "exited", "stop": "stopped"}
+VERBS = ("stage", "wait_plan", "pull", "ffn", "push", "reduce")
+MAX_ROWS = 5
 
 
 class Struck(Exception):
     """The planted fault."""
 
 
-@dataclass
-class Step:
-    """One forward of all ranks."""
-
-    layer: int
-    x_R: list
-    ids_R: list
-    weights_R: list
-    context: ForwardContext | None
+class Interrupted(BaseException):
+    """The planted fault as Ctrl-C plants it."""
 
 
-def weights_of(config, g):
-    E, H, inner = config.experts, config.hidden, config.inner
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+class Case:
+    """Everything that follows from the seed, and what came of it."""
 
-    def draw(*shape):
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    w = {"w1": draw(E, inner, H), "w2": draw(E, H, inner)}
-    if config.gated:
-        w["w3"] = draw(E, inner, H)
-    if config.bias:
-        w |= {"b1": draw(E, inner), "b2": draw(E, H)}
-        if config.gated:
-            w["b3"] = draw(E, inner)
-    if config.shared_inner:
-        S = config.shared_inner
-        w |= {"shared_w1": draw(S, H), "shared_w2": draw(H, S)}
-        if config.gated:
-            w["shared_w3"] = draw(S, H)
-    return w
-
-
-def slots_of(weights, rank, per_rank):
-    """Views, not copies: a GEMM may depend on the address of its operand."""
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    return {n: w if n.startswith("shared_") else w[mine] for n, w in weights.items()}
-
-
-def draw_config(rng, ranks, max_rows, name):
-    per_rank, choices = rng.choice([1, 2, 4]), rng.choice([1, 2, 4])
-    return MoEConfig(
-        experts=ranks * per_rank,
-        choices=min(choices, ranks * per_rank),
-        hidden=rng.choice([16, 40]),
-        inner=rng.choice([8, 24]),
-        max_rows=max_rows,
-        dtype=rng.choice(["fp32", "bf16"]),
-        activation=rng.choice(ACTIVATIONS),
-        bias=rng.random() < 0.3,
-        clamp=rng.choice([math.inf, math.inf, 1.0]),
-        weight_in=rng.choice(["reduce", "reduce", "fc2"]),
-        shared_inner=rng.choice([0, 0, 8]),
-        name=name,
-    )
-
-
-def draw_ids(rng, g, rows, config, per_rank):
-    ids = torch.randint(0, config.experts, (rows, config.choices), generator=g)
-    match rng.choice(["uniform", "one expert", "masked", "duplicates", "one rank", "none"]):
-        case "one expert":
-            ids[:] = rng.randrange(config.experts)
-        case "masked":
-            ids[torch.rand(ids.shape, generator=g) < 0.5] = -1
-        case "duplicates":
-            ids[:] = ids[:, :1]
-        case "one rank":
-            ids %= per_rank
-        case "none":
-            ids[:] = -1
-    return ids.to(rng.choice([torch.int32, torch.int64]))
-
-
-def draw_step(rng, g, configs, ranks):
-    layer = rng.randrange(len(configs))
-    config = configs[layer]
-    chunked = rng.random() < 0.25
-    most = 2 * config.max_rows + 1 if chunked else config.max_rows
-    rows_R = [rng.choice([0, 1, most // 2, most]) for _ in range(ranks)]
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
-    return Step(
-        layer,
-        [torch.randn(n, config.hidden, generator=g).to(dtype) for n in rows_R],
-        [draw_ids(rng, g, n, config, config.slots_per_rank(ranks)) for n in rows_R],
-        [torch.rand(n, config.choices, generator=g) for n in rows_R],
-        ForwardContext(rows=tuple(rows_R)) if chunked else None,
-    )
-
-
-def expected(step, config, weights):
-    """What every rank gets from this step: the oracle, chunk by chunk."""
-    rows_R = [len(x) for x in step.x_R]
-    if step.context is None:
-        return reference_moe(step.x_R, step.ids_R, step.weights_R, weights, config)
-    chunks = plan_chunks(rows_R, config.max_rows)
-    parts = []
-    for chunk in range(chunks.count):
-        spans = [chunks.span(chunk, rank) for rank in range(len(rows_R))]
-        cut = [
-            [t[s] for t, s in zip(ts, spans, strict=True)]
-            for ts in (step.x_R, step.ids_R, step.weights_R)
+    def __init__(self, seed, steps=3):
+        self.seed, self.rng = seed, random.Random(seed)
+        rng, g = self.rng, torch.Generator().manual_seed(seed)
+        self.ranks = rng.choice([1, 2, 2, 3, 3, 4])
+        self.lanes = rng.choice([1, 1, 1, 2])
+        count = rng.choice([1, 1, 2, 3])
+        names = [f"layer {i}" for i in range(count)]
+        self.configs = [draw_config(rng, self.ranks, MAX_ROWS, n, self.lanes) for n in names]
+        self.weights = [weights_of(config, g, self.ranks) for config in self.configs]
+        self.programs = [
+            [draw_step(rng, g, self.configs, self.ranks) for _ in range(steps)]
+            for _ in range(self.lanes)
         ]
-        parts.append(reference_moe(*cut, weights, config))
-    return [torch.cat(of_rank) for of_rank in zip(*parts, strict=True)]
+        self.fault = rng.choice(FAULTS) if self.ranks > 1 else None
+        self.who, self.lane = rng.randrange(self.ranks), rng.randrange(self.lanes)
+        self.when = rng.randrange(steps)
+        self.first = rng.choice([1, 1, 1, 1 << 20, (1 << 32) - 2])
+        self.got, self.errors, self.at = {}, {}, {}
+        self.struck = False
+        step = self.programs[self.lane][self.when]
+        if self.fault == "refuse":
+            self.named = spoil(rng, step, self.who, self.configs[step.layer])
+        if self.fault == "disagree":
+            disagree(rng, step, self.who)
 
+    def run(self):
+        """None, or what was wrong."""
+        self.moes = layers(self.configs, self.ranks, first=self.first)
+        for rank in range(self.ranks):
+            for moe, w in zip(self.moes[rank], self.weights, strict=True):
+                load_alone(moe, slots_of(w, rank, moe.config.slots_per_rank(self.ranks)))
+        self.threads = [(rank, lane) for rank in range(self.ranks) for lane in range(self.lanes)]
+        acts = {"kill": self._kill, "stop": self._stop}
+        strike = None
+        if self.fault in acts:
+            strike = (self.who, self.rng.randrange(1, 3 * (4 * self.ranks + 3)), acts[self.fault])
+        self.baton = Baton([rank for rank, _ in self.threads], self.seed, strike)
+        bodies = [lambda at=at: self._body(*at) for at in self.threads]
+        raised = self.baton.run(bodies)
+        self.errors = {self.threads[i]: error for i, error in raised.items()}
+        wrong = self._judge_errors() or self._judge_results()
+        what = f"{self.fault} of rank {self.who}, lane {self.lane}, step {self.when}"
+        return wrong and f"seed {self.seed} ({what}): {wrong}"
 
-def without(step, rank, config):
-    """The step as peers see it if ``rank`` was refused: an empty batch."""
-    return Step(
-        step.layer,
-        [x[:0] if r == rank else x for r, x in enumerate(step.x_R)],
-        [i[:0] if r == rank else i for r, i in enumerate(step.ids_R)],
-        [w[:0] if r == rank else w for r, w in enumerate(step.weights_R)],
-        None,
-    )
-
-
-def case(seed, steps=3):
-    """Run one seed; (None or what was wrong, steps taken by the baton)."""
-    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    ranks = rng.choice([2, 3, 4])
-    configs = [draw_config(rng, ranks, 5, f"layer {i}") for i in range(rng.choice([1, 1, 2]))]
-    weights = [weights_of(config, g) for config in configs]
-    program = [draw_step(rng, g, configs, ranks) for _ in range(steps)]
-    fault = rng.choice([None, None, "refuse", "raise", "close"])
-    who, when = rng.randrange(ranks), rng.randrange(steps)
-    verb = rng.choice(["stage", "wait_plan", "pull", "ffn", "push", "reduce"])
-    if fault == "refuse":
-        bad = rng.choice([configs[program[when].layer].experts, -2, 1 << 40])
-        step = program[when]
-        step.context = None
-        for r in range(ranks):
-            n = min(len(step.x_R[r]), 5)
-            step.x_R[r], step.ids_R[r] = step.x_R[r][:n], step.ids_R[r][:n]
-            step.weights_R[r] = step.weights_R[r][:n]
-        config = configs[step.layer]
-        step.x_R[who] = torch.zeros(3, config.hidden, dtype=step.x_R[who].dtype)
-        step.ids_R[who] = torch.full((3, config.choices), bad)
-        step.weights_R[who] = torch.rand(3, config.choices)
-    moes = layers(configs, ranks)
-    for rank in range(ranks):
-        for moe, w in zip(moes[rank], weights, strict=True):
-            load_alone(moe, slots_of(w, rank, moe.config.slots_per_rank(ranks)))
-    baton, got = Baton(ranks, seed), {}
-
-    def body(me):
-        for number, step in enumerate(program):
-            moe = moes[me][step.layer]
-            if (fault, who, when) == ("raise", me, number):
-                plant(moe, verb)
-            if (fault, who, when) == ("close", me, number):
+    def _body(self, rank, lane):
+        for number, step in enumerate(self.programs[lane]):
+            self.at[rank, lane] = number
+            moe = self.moes[rank][step.layer]
+            here = (rank, lane, number) == (self.who, self.lane, self.when)
+            if here and self.fault == "raise":
+                plant(moe, lane, self.rng.choice(VERBS), self.rng.choice([Struck, Interrupted]))
+            if here and self.fault == "close":
                 moe.close()
                 return
             try:
-                got[number, me] = moe(
-                    step.x_R[me], step.ids_R[me], step.weights_R[me], context=step.context
+                self.got[rank, lane, number] = moe(
+                    step.x_R[rank],
+                    step.ids_R[rank],
+                    step.weights_R[rank],
+                    context=step.context_of(rank),
+                    lane=lane,
                 )
-            except ValueError as error:
-                got[number, me] = error
-            except BaseException as error:
-                if not moe._runtime.closed:
-                    moe._runtime.poison(error, moe._runtime.lanes[0].round)
-                raise
+            except (ValueError, TypeError) as error:
+                self.got[rank, lane, number] = error
+        if self.lanes == 1 and rank % 2:
+            self.moes[rank][0].close()  # others may still be in the round it has just finished
 
-    errors = baton.run(body)
-    return verdict(seed, program, configs, weights, fault, who, when, got, errors), baton.steps
+    def _kill(self):
+        self.struck, self.paid = True, [self._paid(lane) for lane in range(self.lanes)]
+        self.baton.dead.add(self.who)
+        runtime = self.moes[self.who][0]._runtime
+        runtime.poison = runtime.close = lambda *args: None  # nothing of it runs any more
+        for rank in range(self.ranks):
+            lost = self.moes[rank][0]._runtime.group.watch.lost
+            self.baton.later(lambda lost=lost: lost.update({self.who: "exited"}))
 
+    def _stop(self):
+        self.struck, self.paid = True, [self._paid(lane) for lane in range(self.lanes)]
+        self.baton.frozen.add(self.who)
+        for rank in range(self.ranks):
+            watch = self.moes[rank][0]._runtime.group.watch
+            watch.state_of = lambda peer: "T" if peer == f"rank {self.who}" else "S"
 
-def verdict(seed, program, configs, weights, fault, who, when, got, errors):
-    ranks = len(program[0].x_R)
-    where = f"seed {seed} fault {fault} of rank {who} in step {when}"
-    if fault in (None, "refuse") and errors:
-        return f"{where}: {errors}"
-    if fault in ("raise", "close"):
-        if fault == "raise" and not isinstance(errors.get(who), Struck):
-            return f"{where}: rank {who} raised {errors.get(who)!r}, not its own error"
-        for rank, error in errors.items():
-            if rank == who:
-                continue
-            if not isinstance(error, PeerLost) or error.ranks != (who,):
-                return f"{where}: rank {rank} raised {error!r}"
-            if error.how != {"raise": "raised", "close": "closed"}[fault]:
-                return f"{where}: rank {rank} says {error.how}"
-        if when < len(program) - 1 and len(errors) < ranks - (fault == "close"):
-            return f"{where}: only {sorted(errors)} noticed"
-    for number, step in enumerate(program):
-        refused = fault == "refuse" and number == when
-        config = configs[step.layer]
-        wanted = expected(
-            without(step, who, config) if refused else step, config, weights[step.layer]
-        )
+    def _judge_errors(self):
+        if self.fault in (None, "refuse"):
+            return f"raised {self.errors}" if self.errors else None
+        if self.fault == "disagree":
+            odd = {at: e for at, e in self.errors.items() if not isinstance(e, ConfigMismatch)}
+            if self.lanes == 1 and (odd or len(self.errors) < self.ranks):
+                return f"no ConfigMismatch everywhere: {self.errors}"
+            return None
+        if self.fault in HOW and (self.struck or self.fault in ("raise", "close")):
+            for (rank, lane), error in self.errors.items():
+                if rank == self.who:
+                    wrong = self._judge_culprit(lane, error)
+                else:
+                    wrong = self._judge_survivor(error)
+                if wrong:
+                    return f"rank {rank} lane {lane} raised {error!r}: {wrong}"
+            return self._judge_silence()
+        return f"raised {self.errors}" if self.errors else None
+
+    def _judge_culprit(self, lane, error):
+        match self.fault:
+            case "raise" if lane == self.lane:
+                return None if isinstance(error, (Struck, Interrupted)) else "not its own error"
+            case "kill":
+                return None if type(error).__name__ == "Killed" else "a dead rank raises nothing"
+            case "stop" if self.lanes == 1:
+                return None if isinstance(error, Evicted) else "not Evicted"
+        return None if isinstance(error, EpmoeError) else "not an EpmoeError"
+
+    def _judge_survivor(self, error):
+        # On two lanes the second to call finds the heap unusable since what the first has seen.
+        seen = error if isinstance(error, PeerLost) else error.__cause__
+        if not isinstance(seen, PeerLost):
+            return "not PeerLost"
+        if seen.ranks != (self.who,) or seen.how != HOW[self.fault]:
+            return f"blames {seen.ranks} ({seen.how})"
+        return None
+
+    def _judge_silence(self):
+        """Whoever had more rounds to do must have noticed."""
+        if self.lanes > 1:
+            return None
+        last = len(self.programs[0]) - 1
+        at = self.at[self.who, 0] if self.fault in ("kill", "stop") else self.when
+        quiet = [r for r in range(self.ranks) if r != self.who and (r, 0) not in self.errors]
+        return f"ranks {quiet} noticed nothing" if quiet and at < last else None
+
+    def _judge_results(self):
+        for lane, program in enumerate(self.programs):
+            for number, step in enumerate(program):
+                refused = self.fault == "refuse" and (lane, number) == (self.lane, self.when)
+                if wrong := self._judge_step(lane, number, step, refused):
+                    return f"lane {lane} step {number}: {wrong}"
+        return None
+
+    def _judge_step(self, lane, number, step, refused):
+        config = self.configs[step.layer]
+        blank = self.who if refused else None
+        kept = step if not refused else emptied(step, self.who, config)
+        wanted = expected(kept, config, self.weights[step.layer], without=blank)
         for rank, want in enumerate(wanted):
-            have = got.get((number, rank))
-            if refused and rank == who:
-                if not isinstance(have, ValueError) or "ids" not in str(have):
-                    return f"{where}: a bad id was taken: {have!r}"
+            have = self.got.get((rank, lane, number))
+            if refused and rank == self.who:
+                if not isinstance(have, (ValueError, TypeError)) or self.named not in str(have):
+                    return f"rank {rank}: a bad {self.named} was taken: {have!r}"
             elif have is None:
-                if fault not in ("raise", "close") or number < when:
-                    return f"{where}: rank {rank} threw step {number} away"
-            elif isinstance(have, Exception):
-                return f"{where}: rank {rank} step {number} raised {have!r}"
-            elif not torch.equal(have.nan_to_num(7e7), want.nan_to_num(7e7)):
-                return f"{where}: rank {rank} step {number} differs"
-    return None
+                culprit = rank == self.who and self.fault in HOW
+                if not culprit and self._complete(lane, number):
+                    return f"rank {rank} threw the round away: {self.errors.get((rank, lane))!r}"
+            elif isinstance(have, BaseException):
+                return f"rank {rank} refused it: {have!r}"
+            elif not same(have, want):
+                return f"rank {rank} differs"
+        return None
+
+    def _complete(self, lane, number):
+        """True if the culprit gave this round all it owes, so that nobody lacks anything of it."""
+        if self.fault == "disagree":
+            return self.lanes == 1 and number < self.when
+        if self.fault not in HOW or (self.fault in ("kill", "stop") and not self.struck):
+            return True
+        if self.lanes > 1:
+            return False  # a survivor that leaves one lane leaves the other in mid-round
+        program = self.programs[lane][: number + 1]
+        last = self.first - 1 + sum(rounds_of(s, self.configs[s.layer]) for s in program)
+        paid = self.paid[lane] if self.struck else self._paid(lane)
+        return (paid - last) % ROUNDS < ROUNDS // 2
+
+    def _paid(self, lane):
+        """The last round whose word Y of the culprit is in every mailbox."""
+        runtime = self.moes[self.who][0]._runtime
+        at = runtime.placed.lanes[lane][0]["words"].at + 8 * (Y * self.ranks + self.who)
+        words = [runtime.heap.peer(r)[at : at + 8].view(torch.int64) for r in range(self.ranks)]
+        start = self.first - 1
+        return start + min(((int(word) >> 32) - start) % ROUNDS for word in words)
 
 
-def load_alone(moe, tensors):
-    """What ``load`` does after its collective check, for one rank of a simulation."""
-    for name, tensor in tensors.items():
-        (moe._shared if name.startswith("shared_") else moe._weights)[name] = tensor
+def rounds_of(step, config):
+    """How many rounds a step takes."""
+    rows = step.context.rows if step.context else None
+    return plan_chunks(rows, config.max_rows).count if rows else 1
 
 
-def plant(moe, verb):
-    """Let ``verb`` of lane 0 raise when it is called next."""
+def emptied(step, rank, config):
+    """The step with a batch of the right form in place of a refused one; its rows do not count."""
+    rows = step.context.rows[rank] if step.context and step.context.rows else 0
+    blank = Step(step.layer, list(step.x_R), list(step.ids_R), list(step.weights_R), step.context)
+    blank.x_R[rank] = torch.zeros(rows, config.hidden, dtype=step.x_R[rank - 1].dtype)
+    blank.ids_R[rank] = torch.full((rows, config.choices), -1)
+    blank.weights_R[rank] = torch.zeros(rows, config.choices)
+    return blank
+
+
+def plant(moe, lane, verb, error):
+    """Let ``verb`` of a lane raise when it is called next."""
 
     def struck(*args, **kwargs):
-        raise Struck("out of memory")
+        raise error("out of memory")
 
-    setattr(moe._ops[0], verb, struck)
+    setattr(moe._ops[lane], verb, struck)
 
 
-__all__ = ["case", "draw_step", "expected", "slots_of", "weights_of"]
+def case(seed, steps=3):
+    """Run one seed; None, or what was wrong."""
+    return Case(seed, steps).run()
+
+
+__all__ = ["Case", "case", "draw_ids", "draw_step", "expected", "slots_of", "weights_of"]
