@@ -28,6 +28,7 @@ FLOORS = {
     "comm.launcher": 2,
     "comm.door": 2,
     "comm.mesh": 2,
+    "comm.message": 2,
     "comm.hub": 2,
     "comm.group": 2,
     "comm": 3,

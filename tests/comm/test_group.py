@@ -155,9 +155,12 @@ def survivors(job, victims):
             yield outcome.result
 
 
+@pytest.mark.parametrize("blind", [False, True], ids=["pidfd", "proc"])
 @pytest.mark.parametrize("helper", [False, True], ids=["alone", "with-a-helper"])
-def test_a_killed_rank_is_named_at_once(helper):
+def test_a_killed_rank_is_named_at_once(helper, blind, monkeypatch):
     killed = mmap.mmap(-1, 8)
+    if blind:
+        monkeypatch.delattr(os, "pidfd_open")
 
     def body(rank):
         group = Group.from_env(limit_s=10)
@@ -258,6 +261,27 @@ def test_ranks_that_leave_because_of_a_dead_one_do_not_take_the_blame():
 
     with local.fork_ranks(4, body, end_others=False) as job:
         assert list(survivors(job, {3})) == [[[3], "exited"]] * 3
+
+
+def test_a_loss_seen_elsewhere_is_handed_on_with_its_cause():
+    def body(rank):
+        group = Group.from_env(limit_s=10)
+        if rank == 0:  # as a wait on the heap raises it
+            try:
+                with group:
+                    raise PeerLost("rank 1 sent a broken word", ranks=(1,), how="corrupt")
+            except PeerLost:
+                time.sleep(0.3)
+            return None
+        if rank == 1:
+            time.sleep(0.3)
+            return None
+        return lost(lambda: group.allgather(b"", what="next", limit_s=5))
+
+    with local.fork_ranks(3, body, end_others=False) as job:
+        ((_, how, who, text),) = survivors(job, {0, 1})
+    assert (how, who) == ("corrupt", [1])
+    assert "rank 1 sent a broken word" in text
 
 
 def test_ctrl_c_in_a_phase_reaches_the_others():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
+from datetime import timedelta
 
 import pytest
 from ranks import several
+from torch.distributed import TCPStore
 
 from epmoe import local
 from epmoe.comm import launcher, meeting
@@ -52,6 +54,24 @@ def test_ranks_meet_again_and_again_over_a_store_that_rank_0_serves(store_env):
 
     for outcome in several(3, body):
         assert outcome.result == [[str(turn)] * 3 for turn in range(3)]
+
+
+def test_ranks_meet_again_and_again_over_a_store_that_stays(store_env):
+    env = store_env | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def body(rank):
+        if rank == 2:  # the agent; the other two are its ranks
+            address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+            store = TCPStore(*address, is_master=True, wait_for_workers=False)
+            store.wait(["over"], timedelta(seconds=20))
+            return None
+        met = [by_store(env, rank, size=2).meet(b"%d%d" % (turn, rank), 10) for turn in range(3)]
+        if rank == 0:
+            TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False).set("over", "")
+        return [[m.decode() for m in one] for one in met]
+
+    outcomes = several(3, body)
+    assert outcomes[1].result == [["00", "01"], ["10", "11"], ["20", "21"]]
 
 
 def test_the_store_says_who_is_absent(store_env):
