@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import MoEConfig
-from .formats import format_of, nvfp4
-from .formats.declare import check_weights
-from .fused import expect, load_fused
-from .shards import Folder
+from epmoe.config import MoEConfig
+from epmoe.formats import format_of, nvfp4
+from epmoe.formats.declare import check_weights
+from epmoe.fused import expect, load_fused
+from epmoe.shards import Folder
 
 PROJECTIONS = (
     {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},

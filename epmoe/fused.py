@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import MoEConfig
-from .shards import Folder, Stored
+from epmoe.config import MoEConfig
+from epmoe.shards import Folder, Stored
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .config import MoEConfig
-from .context import ForwardContext
+from epmoe.config import MoEConfig
+from epmoe.context import ForwardContext
 
 
 class Layer(Protocol):

@@ -16,10 +16,11 @@ from epmoe.config import MoEConfig
 from epmoe.context import PHASES, ForwardContext
 from epmoe.errors import ConfigMismatch, EpmoeError
 from epmoe.formats import DTYPE, format_of
+from epmoe.formats.declare import agreed_values
 from epmoe.kernels.host import HostOps
 from epmoe.kernels.ops import VERBS, Ops
 from epmoe.migration import Migration
-from epmoe.runtime import Lane, Runtime
+from epmoe.runtime import Lane, Runtime, agree
 from epmoe.sched.chunks import Chunks, plan_chunks
 from epmoe.sched.loads import Loads
 from epmoe.sched.placement import Placement, choose_slots
@@ -91,6 +92,10 @@ class MoE:
             declared, shared = format_of(config).tensors(config), shared_tensors(config)
             slots = config.slots_per_rank(group.size)
             check_weights(declared, shared, tensors, slots, self._device)
+            common = agreed_values(format_of(config).agreed(config), tensors)
+        if common:  # a row is written on one rank and read on another: they need the same scale
+            facts = {f"layer {self.layer} {name}": repr(value) for name, value in common.items()}
+            agree(facts, group, what="scales", limit_s=config.open_s)
         names = {t.name for t in shared}
         self._weights.update({n: t for n, t in tensors.items() if n not in names})
         self._shared.update({n: t for n, t in tensors.items() if n in names})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -164,7 +164,12 @@ def compare(configs: Sequence[MoEConfig], group: Group, limit_s: float) -> None:
     facts = {"protocol": str(PROTOCOL), "layers": str(len(configs))}
     for layer, config in enumerate(configs):
         facts |= {f"layer {layer} {name}": value for name, value in config.described().items()}
-    answers = group.allgather(json.dumps(facts).encode(), what="configs", limit_s=limit_s)
+    agree(facts, group, what="configs", limit_s=limit_s)
+
+
+def agree(facts: Mapping[str, str], group: Group, *, what: str, limit_s: float) -> None:
+    """The same facts on all ranks, or a ``ConfigMismatch`` on all, naming the first difference."""
+    answers = group.allgather(json.dumps(dict(facts)).encode(), what=what, limit_s=limit_s)
     everyone = [json.loads(answer) for answer in answers]
     for rank, theirs in enumerate(everyone):
         for name in everyone[0] | theirs:

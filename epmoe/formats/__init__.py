@@ -21,9 +21,9 @@ Slot tensors keep torch's [out, in] orientation.  ``w1`` is the gate, or the onl
 
 from __future__ import annotations
 
-from ..config import MoEConfig
-from . import fp8, mxfp4, nvfp4, plain
-from .declare import DTYPE, Format, RowTensor, SlotTensor
+from epmoe.config import MoEConfig
+from epmoe.formats import fp8, mxfp4, nvfp4, plain
+from epmoe.formats.declare import DTYPE, Format, RowTensor, SlotTensor
 
 __all__ = ["DTYPE", "Format", "RowTensor", "SlotTensor", "format_of"]
 

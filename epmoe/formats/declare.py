@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import MoEConfig
+from epmoe.config import MoEConfig
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -136,6 +136,17 @@ def check_weights(
                 f"{tensor.name} must be {tensor.dtype} of shape {want}, "
                 f"got {got.dtype} of shape {tuple(got.shape)}"
             )
+
+
+def agreed_values(names: tuple[str, ...], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """The one value that each named tensor has in all slots of this rank; ranks compare them."""
+    found: dict[str, float] = {}
+    for name in names:
+        values = sorted(set(weights[name].tolist()))
+        if len(values) != 1:
+            raise ValueError(f"{name} must be equal in all slots, got {values}")
+        found[name] = values[0]
+    return found
 
 
 def plain_parts(

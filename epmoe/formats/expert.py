@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..config import MoEConfig
-from . import format_of
-from .declare import DTYPE
+from epmoe.config import MoEConfig
+from epmoe.formats import format_of
+from epmoe.formats.declare import DTYPE
 
 GPT_OSS_SLOPE = 1.702
 

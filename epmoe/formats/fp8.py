@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import MoEConfig
-from . import e4m3, plain
-from .declare import (
+from epmoe.config import MoEConfig
+from epmoe.formats import e4m3, plain
+from epmoe.formats.declare import (
     RowTensor,
     SlotTensor,
     biases,

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import MoEConfig
-from . import e2m1, plain, ue8m0
-from .declare import (
+from epmoe.config import MoEConfig
+from epmoe.formats import e2m1, plain, ue8m0
+from epmoe.formats.declare import (
     RowTensor,
     SlotTensor,
     biases,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..config import MoEConfig
-from .declare import (
+from epmoe.config import MoEConfig
+from epmoe.formats.declare import (
     DTYPE,
     RowTensor,
     SlotTensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import e2m1
+from epmoe.formats import e2m1
 
 NAN = 255
 
