@@ -65,7 +65,7 @@ def plan(
     them either; groups are not kept on one host, which costs that plan most of its balance.
 
     60 layers of 256 experts in 288 slots on 32 ranks take 0.1 s on one core, also after a drift of
-    10 %; 0.2 to 0.8 s if ``current`` was planned for entirely different loads.
+    10 %; 0.2 to 0.9 s if ``current`` was planned for entirely different loads.
     """
     loads_NE = checked_loads(loads)
     layers, experts = loads_NE.shape
