@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, Self, TextIO
@@ -16,10 +17,19 @@ WIDTH = 100  # of a pipe or a log file, where nobody can say how wide it is
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
+class Output(Console):
+    """A console whose reader may have seen enough: ``epmoe doctor | head`` is no failure."""
+
+    def on_broken_pipe(self) -> None:
+        """Throw the rest away."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def console(file: TextIO | None = None) -> Console:
     """Of a terminal as it is; of anything else 100 columns wide, without colours."""
     file = file or sys.stdout
-    return Console(file=file, width=None if file.isatty() else WIDTH, highlight=False)
+    return Output(file=file, width=None if file.isatty() else WIDTH, highlight=False)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -37,7 +47,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 def show_json(value: Any) -> None:
     """One JSON object on stdout, and nothing else of this run."""
-    print(json.dumps(value, indent=2))
+    console().out(json.dumps(value, indent=2), highlight=False)
 
 
 def bar(value: float, most: float, width: int = 30) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -31,9 +32,7 @@ def test_all_contestants_agree_and_every_round_counts(rank, group):
 
 
 @ranks(2, mpi=False)
-def test_a_time_is_that_of_the_slowest_rank(rank, group):
-    import time
-
+def test_a_time_is_that_of_the_slowest_rank(rank, group, monkeypatch):
     call = transport.Epmoe.__call__
 
     def slow(self, *args):
@@ -41,17 +40,17 @@ def test_a_time_is_that_of_the_slowest_rank(rank, group):
         time.sleep(0.02 * rank)  # after the round: the other rank does not wait for it
         return out
 
-    transport.Epmoe.__call__ = slow
+    monkeypatch.setattr(transport.Epmoe, "__call__", slow)
     report = transport.run(group, SMALL, rows=4, rounds=10)
     assert min(report.times["epmoe"].rounds) >= 0.02
     assert report.times["gloo"].described()["median"] < 0.02e6
 
 
 @ranks(2, mpi=False)
-def test_results_that_differ_are_an_error_on_all_ranks(rank, group):
+def test_results_that_differ_are_an_error_on_all_ranks(rank, group, monkeypatch):
     if rank == 1:
         call = transport.Gloo.__call__
-        transport.Gloo.__call__ = lambda self, *args: call(self, *args) + 1
+        monkeypatch.setattr(transport.Gloo, "__call__", lambda self, *args: call(self, *args) + 1)
     with pytest.raises(EpmoeError, match=r"rank 1.*different results"):
         transport.run(group, SMALL, rows=4, rounds=10)
 
