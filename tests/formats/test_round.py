@@ -13,6 +13,7 @@ from epmoe.config import FORMATS
 from epmoe.errors import ConfigMismatch
 from epmoe.formats import format_of
 from epmoe.moe import MoE
+from epmoe.sched.placement import Placement
 
 EXPERTS = 3
 
@@ -87,3 +88,25 @@ def test_ranks_that_would_read_rows_at_another_scale_are_refused(rank, group):
     weights = format_of(c).from_plain(c, plain, **scales)
     with MoE.open(c, group) as moe, pytest.raises(ConfigMismatch, match="input_scale"):
         moe.load(**mine(weights, rank, group.size))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FORMATS)
+@ranks(3)
+def test_all_that_is_declared_moves_with_its_expert(rank, group, name, mode):
+    """Alphas, scales and biases differ per expert here: one left behind would change the answer."""
+    c = config(name, mode, stall_s=10.0, open_s=20.0, activation="gpt_oss", bias=True)
+    plain, _, _, scales = inputs(c)
+    found = batches(c, group.size)
+    want = expected(c, plain, scales, found)[rank]
+    weights = format_of(c).from_plain(c, plain, **scales)
+    held = mine(weights, rank, group.size)
+    turned = Placement.of([2, 0, 1], experts=EXPERTS, ranks=group.size)
+    with MoE.open(c, group) as moe:
+        moe.load(**held)
+        assert torch.equal(moe(*found[rank]), want)
+        moe.place(turned, verify=True)
+        assert torch.equal(moe(*found[rank]), want)
+    for name_, tensor in held.items():
+        expert = weights[name_][turned.expert_of_S[rank]]
+        assert torch.equal(tensor[0].view(-1).view(torch.uint8), expert.view(-1).view(torch.uint8))
