@@ -156,4 +156,4 @@ def test_200_deaths_measured():
         watch.close()
         os.waitpid(pid, 0)
     assert len(took) == 200
-    assert statistics.median(took) < 0.01
+    assert statistics.quantiles(took, n=100)[98] < 0.1  # median 0.2 ms on an idle machine
