@@ -60,6 +60,24 @@ class CudaHeap:
         """Where the slab of ``rank`` starts, in this process."""
         return self._addresses[rank]
 
+    def write(self, rank: int, at: int, content: torch.Tensor, stream: int) -> None:
+        """Bytes of the host into a slab, in order on ``stream``; the host waits for its turn."""
+        size = content.numel() * content.element_size()
+        where = self._addresses[rank] + at
+        self._call(self._driver.cuMemcpyHtoDAsync, where, content.data_ptr(), size, stream)
+
+    def read(self, rank: int, at: int, nbytes: int) -> bytes:
+        """Bytes of a slab as they stand now."""
+        content = torch.empty(nbytes, dtype=torch.uint8)
+        # Not behind kernels that wait.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        where = self._addresses[rank] + at
+        self._call(
+            self._driver.cuMemcpyDtoHAsync, content.data_ptr(), where, nbytes, stream.cuda_stream
+        )
+        stream.synchronize()
+        return bytes(content.tolist())
+
     def close(self) -> None:
         """Unmap all slabs after this device has finished; local, waits for no peer.
 

@@ -1,0 +1,295 @@
+// The verbs of a round as separate launches: stage, pull, push, reduce.  The GEMMs lie between.
+//
+// They are the oracle of the fused kernel, what it falls back to, and what it is measured against.
+// Constants: RANKS, LOCAL (slots of a rank), CHOICES, HIDDEN, MAX_ROWS, RECORD (bytes of a row on
+// the wire), WEIGHT_IN_FC2, and where the regions of a slab lie (comm/layout.py): WORDS_AT,
+// HEADS_AT, COUNTS_AT, LISTS_AT, WEIGHTS_AT, ROWS_AT, RESULTS_AT.
+#include "copy.cuh"
+#include "signals.cuh"
+
+constexpr int SLOTS = RANKS * LOCAL;
+constexpr u32 CELLS = MAX_ROWS * CHOICES;
+constexpr int BLOCK = 128;          // a slot's rows begin at a multiple of it (tiles.cuh)
+constexpr int HEAD = 8;             // comm/layout.py
+constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
+
+// What a rank keeps of a round for itself, in its own memory.
+struct Private {
+    int* counts;      // [RANKS, LOCAL] rows of each source for each of my slots
+    int* slot_rows;   // [LOCAL] their sums: what the GEMMs read
+    u64* loads;       // [SLOTS] rows of every slot of all ranks, summed over rounds
+    u64* origin;      // [pool] source << 32 | cell
+    float* scale;     // [pool] router weights, if the second GEMM applies them
+    u8* rows;         // [pool, RECORD]
+    u8* results;      // [pool, RESULT]
+    u32* staged;      // blocks that have staged their rows, in all rounds
+    u32* pushed;      // blocks that have pushed
+    u32* reduced;     // blocks that have reduced
+    u32* bad;         // choices that named no slot
+};
+
+struct Head {
+    long long field[HEAD];
+};
+
+// The tables that turn a list entry of a source into a row of the pool.
+struct Tables {
+    int first[RANKS][LOCAL + 1];  // list entries of a source before each slot; the last is the sum
+    int row[RANKS][LOCAL];        // pool row of the first entry of a source for a slot
+};
+
+// From counts[r][l] in t.first[r][l + 1]; all threads of the block.
+inline void make_tables(Tables& t) {
+    for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) {
+        int sum = 0;
+        for (int r = 0; r < RANKS; ++r) {
+            t.row[r][l] = sum;
+            sum += t.first[r][l + 1];
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {  // at most 512 additions, beside microseconds of waiting
+        int base = 0;
+        for (int l = 0; l < LOCAL; ++l) {
+            const int rows = t.row[RANKS - 1][l] + t.first[RANKS - 1][l + 1];
+            for (int r = 0; r < RANKS; ++r) t.row[r][l] += base;
+            base += (rows + BLOCK - 1) / BLOCK * BLOCK;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < RANKS) {
+        int* first = t.first[threadIdx.x];
+        first[0] = 0;
+        for (int l = 0; l < LOCAL; ++l) first[l + 1] += first[l];
+    }
+    __syncthreads();
+}
+
+// The pool row of entry j of source r.
+inline int row_of(const Tables& t, int r, int j) {
+    int low = 0, high = LOCAL;  // first[low] <= j < first[high]
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (t.first[r][middle] <= j) low = middle;
+        else high = middle;
+    }
+    return t.row[r][low] + j - t.first[r][low];
+}
+
+// Entry n of all work, sources in turn so that every link is busy; false when r has no entry j.
+inline bool entry(const Tables& t, u32 rank, u32 n, int& r, int& j) {
+    r = (rank + 1 + n) % RANKS;
+    j = n / RANKS;
+    return j < t.first[r][LOCAL];
+}
+
+inline int longest(const Tables& t) {
+    int most = 0;
+    for (int r = 0; r < RANKS; ++r) most = max(most, t.first[r][LOCAL]);
+    return most;
+}
+
+// My rows into my slab, my counts and lists into the peers' mailboxes, then C to each.  Blocks
+// 0 .. RANKS-1 serve one peer each and wait for the others, who copy rows and wait for nobody.
+extern "C" __global__ void __launch_bounds__(1024) stage(World world, Private mine, const u8* x,
+                                                         const int* slots, const float* weights,
+                                                         u32 rows, Head head) {
+    __shared__ int count[SLOTS], place[SLOTS];
+    if (faulted(world)) return;
+    const u32 round = round_now(world), copiers = gridDim.x - RANKS;
+    if (blockIdx.x >= RANKS) {
+        const u32 block = blockIdx.x - RANKS, threads = copiers * blockDim.x;
+        Quad* to = at<Quad>(world, world.rank, ROWS_AT);
+        const Quad* from = reinterpret_cast<const Quad*>(x);
+        const u64 quads = (u64)rows * (RECORD / 16);
+        for (u64 i = block * blockDim.x + threadIdx.x; i < quads; i += threads) to[i] = from[i];
+        if (WEIGHT_IN_FC2) {
+            float* w = at<float>(world, world.rank, WEIGHTS_AT);
+            for (u32 i = block * blockDim.x + threadIdx.x; i < rows * CHOICES; i += threads)
+                w[i] = weights[i];
+        }
+        fence_async_global();  // peers read the rows with the copy engine
+        __threadfence_system();
+        __syncthreads();
+        if (threadIdx.x == 0) add_release(mine.staged, 1);
+        return;
+    }
+    const u32 peer = (world.rank + 1 + blockIdx.x) % RANKS;
+    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) count[s] = 0;
+    __syncthreads();
+    for (u32 c = threadIdx.x; c < rows * CHOICES; c += blockDim.x) {
+        const int s = slots[c];
+        if (s >= 0 && s < SLOTS) atomicAdd(&count[s], 1);
+        else if (s != -1 && blockIdx.x == 0) atomicAdd(mine.bad, 1);
+    }
+    __syncthreads();
+    __shared__ int total;
+    if (threadIdx.x == 0) {
+        total = 0;
+        for (int l = 0; l < LOCAL; ++l) {
+            place[peer * LOCAL + l] = total;
+            total += count[peer * LOCAL + l];
+        }
+    }
+    __syncthreads();
+    int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
+    int* list = at<int>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
+    long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
+    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) counts[s] = count[s];
+    if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
+    for (u32 c = threadIdx.x; c < rows * CHOICES; c += blockDim.x) {
+        const int s = slots[c];
+        if (s >= 0 && s < SLOTS && s / LOCAL == (int)peer) list[atomicAdd(&place[s], 1)] = c;
+    }
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0 && await_count(world, mine.staged, (round) * copiers))
+        publish(world, WORD_C, peer, round, total);
+}
+
+// All C are in: what was asked of me becomes rows of the pool, grouped by slot.
+extern "C" __global__ void __launch_bounds__(MOVERS * 32) pull(World world, Private mine) {
+    extern __shared__ __align__(128) u8 rings[];
+    __shared__ Tables t;
+    __shared__ u32 asked[RANKS];
+    if (faulted(world)) return;
+    const u32 round = round_now(world);
+    if (!await_all(world, WORD_C, round, asked)) return;
+    for (int i = threadIdx.x; i < SLOTS; i += blockDim.x) {
+        const int r = i / LOCAL, l = i % LOCAL;
+        const int n = at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + world.rank * LOCAL + l];
+        t.first[r][l + 1] = n;
+        if (blockIdx.x == 0) mine.counts[i] = n;
+        if (n < 0 || n > (int)CELLS) fail(world, CORRUPT, r, WORD_C, round, (u64)n, 0);
+    }
+    __syncthreads();
+    if (faulted(world)) return;
+    if (blockIdx.x == 0) {
+        const long long* heads = at<long long>(world, world.rank, HEADS_AT);
+        for (int i = threadIdx.x; i < RANKS * HEAD; i += blockDim.x)
+            if (heads[i] != heads[world.rank * HEAD + i % HEAD])
+                fail(world, DIFFERS, i / HEAD, i % HEAD, round, (u64)heads[i], 0);
+        for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) {
+            u64 sum = 0;
+            for (int r = 0; r < RANKS; ++r)
+                sum += at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + s];
+            mine.loads[s] += sum;
+        }
+        for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) {
+            int sum = 0;
+            for (int r = 0; r < RANKS; ++r) sum += t.first[r][l + 1];
+            mine.slot_rows[l] = sum;
+        }
+    }
+    make_tables(t);
+    if (threadIdx.x < RANKS && t.first[threadIdx.x][LOCAL] != (int)asked[threadIdx.x])
+        fail(world, CORRUPT, threadIdx.x, WORD_C, round, asked[threadIdx.x], 0);
+    __syncthreads();
+    if (faulted(world)) return;
+    fence_async_global();
+    if (lane_index()) return;
+    const u32 warp = threadIdx.x / 32;
+    Mover mover(smem(rings), warp);
+    const u32 step = gridDim.x * MOVERS, end = (u32)longest(t) * RANKS;
+    u32 n = blockIdx.x + gridDim.x * warp;
+    move_rows<RECORD>(mover, [&](u64& from, u64& to) {
+        for (; n < end; n += step) {
+            int r, j;
+            if (!entry(t, world.rank, n, r, j)) continue;
+            const u32 cell = at<u32>(world, world.rank, LISTS_AT)[(u64)r * CELLS + j];
+            if (cell >= CELLS) return fail(world, CORRUPT, r, WORD_C, round, cell, 0);
+            const int row = row_of(t, r, j);
+            mine.origin[row] = (u64)r << 32 | cell;
+            if (WEIGHT_IN_FC2) mine.scale[row] = at<float>(world, r, WEIGHTS_AT)[cell];
+            from = world.slab[r] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
+            to = reinterpret_cast<u64>(mine.rows) + (u64)row * RECORD;
+            n += step;
+            return true;
+        }
+        return false;
+    });
+}
+
+// Each result to its cell at its source; the last block to finish says Y to everyone.
+extern "C" __global__ void __launch_bounds__(MOVERS * 32) push(World world, Private mine) {
+    extern __shared__ __align__(128) u8 rings[];
+    __shared__ Tables t;
+    if (faulted(world)) return;
+    const u32 round = round_now(world);
+    // Not from the mailbox: after somebody's Y it may hold the next round.
+    for (int i = threadIdx.x; i < SLOTS; i += blockDim.x)
+        t.first[i / LOCAL][i % LOCAL + 1] = mine.counts[i];
+    __syncthreads();
+    make_tables(t);
+    if (lane_index() == 0) {
+        const u32 warp = threadIdx.x / 32;
+        Mover mover(smem(rings), warp);
+        const u32 step = gridDim.x * MOVERS, end = (u32)longest(t) * RANKS;
+        u32 n = blockIdx.x + gridDim.x * warp;
+        fence_async_global();
+        move_rows<RESULT>(mover, [&](u64& from, u64& to) {
+            for (; n < end; n += step) {
+                int r, j;
+                if (!entry(t, world.rank, n, r, j)) continue;
+                const int row = row_of(t, r, j);
+                from = reinterpret_cast<u64>(mine.results) + (u64)row * RESULT;
+                to = world.slab[r] + RESULTS_AT + (mine.origin[row] & 0xffffffff) * RESULT;
+                n += step;
+                return true;
+            }
+            return false;
+        });
+        fence_async_global();
+        __threadfence_system();
+    }
+    __syncthreads();
+    __shared__ u32 last;
+    if (threadIdx.x == 0) {
+        __threadfence_system();
+        last = (atomicAdd(mine.pushed, 1) + 1) % gridDim.x == 0;
+        __threadfence_system();
+    }
+    __syncthreads();
+    if (last && threadIdx.x < RANKS) publish(world, WORD_Y, threadIdx.x, round, 0);
+}
+
+// All Y are in: the sum over choices, ascending, in fp32; one rounding.  After a fault: NaN.
+extern "C" __global__ void __launch_bounds__(256) reduce(World world, Private mine,
+                                                         const int* slots, const float* weights,
+                                                         const float* shared, u8* out, u32 rows) {
+    __shared__ u32 values[RANKS];
+    const bool good = !faulted(world) && await_all(world, WORD_Y, round_now(world), values);
+    constexpr int quads = HIDDEN / 8;
+    const u64 all = (u64)rows * quads, step = (u64)gridDim.x * blockDim.x;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
+        const u32 row = i / quads, quad = i % quads;
+        float sum[8] = {};
+        const u8* cells = at<u8>(world, world.rank, RESULTS_AT) + (u64)row * CHOICES * RESULT;
+        for (int k = 0; k < CHOICES; ++k) {
+            const int slot = slots[row * CHOICES + k];
+            if (slot < 0 || slot >= SLOTS) continue;  // that cell holds an older round's bits
+            const float w = WEIGHT_IN_FC2 ? 1.0f : weights[row * CHOICES + k];
+            const Quad q = *reinterpret_cast<const Quad*>(cells + k * RESULT + quad * 16);
+            const u32 pairs[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                // Two roundings, as the host does: no fused multiply-add.
+                sum[2 * p] = __fadd_rn(sum[2 * p], __fmul_rn(w, bf16_low(pairs[p])));
+                sum[2 * p + 1] = __fadd_rn(sum[2 * p + 1], __fmul_rn(w, bf16_high(pairs[p])));
+            }
+        }
+        if (shared)
+            for (int e = 0; e < 8; ++e) sum[e] += shared[(u64)row * HIDDEN + quad * 8 + e];
+        if (!good)
+            for (int e = 0; e < 8; ++e) sum[e] = __int_as_float(0x7fffffff);
+        const Quad packed = {pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
+                             pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7])};
+        store_global(out + ((u64)row * quads + quad) * 16, packed);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        if ((atomicAdd(mine.reduced, 1) + 1) % gridDim.x == 0 && good)
+            *reinterpret_cast<u64*>(world.round) += 1;
+    }
+}

@@ -1,0 +1,182 @@
+"""The verbs of a round on a GPU, one launch or two each: nothing here waits for the GPU."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from epmoe.comm.device_words import DeviceWords
+from epmoe.comm.layout import HEAD, Layout, record
+from epmoe.config import MoEConfig
+from epmoe.errors import EpmoeError
+from epmoe.kernels.compile import CompiledKernel, Launch, compile_kernel
+from epmoe.kernels.gemm import BLOCK, grouped_gemm, interleave, processors_of
+
+MOVERS = 7  # cu/copy.cuh
+MOVER_SHARED = MOVERS * 4 * (7168 + 8) + 128
+COPIERS = 32  # blocks that stage rows beside those that write lists
+MOVING = 16  # blocks that pull or push: 8 to 16 saturate the link, more lose (measured)
+
+
+class CudaOps:
+    """One layer on one lane of a CUDA heap, as separate launches.
+
+    Its row pool holds whatever routing can send here, so that it can serve as an oracle for any
+    traffic: that is much memory at large capacities.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        placed: Layout,
+        *,
+        layer: int,
+        lane: int,
+        words: DeviceWords,
+    ) -> None:
+        if config.dtype != "bf16" or config.format != "plain":
+            raise EpmoeError(
+                f"the CUDA kernels compute plain bf16, got {config.format} {config.dtype}"
+            )
+        self.config, self.words = config, words
+        ranks = self.ranks = words.ranks
+        local = config.slots_per_rank(ranks)
+        most = ranks * config.max_rows * min(config.choices, local)
+        pool = -(-(most + local * (BLOCK - 1)) // BLOCK) * BLOCK
+        hidden, inner = config.hidden, config.inner
+
+        def cuda(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device="cuda")
+
+        self.counts = cuda(ranks, local, dtype=torch.int32)
+        self.slot_rows = cuda(local, dtype=torch.int32)
+        self.loads = cuda(config.places, dtype=torch.int64)
+        self.origin = cuda(pool, dtype=torch.int64)
+        self.scale = cuda(pool, dtype=torch.float32)
+        self.rows = cuda(pool, hidden, dtype=torch.bfloat16)
+        self.mid = cuda(pool, inner, dtype=torch.bfloat16)
+        self.results = cuda(pool, hidden, dtype=torch.bfloat16)
+        self.tallies = cuda(4, dtype=torch.int32)  # staged, pushed, reduced, bad
+        self._kernels = compiled(config, ranks, placed, layer, lane)
+        self._world = words.world()
+        tallies = [self.tallies.data_ptr() + 4 * i for i in range(4)]
+        kept = (self.counts, self.slot_rows, self.loads, self.origin, self.scale)
+        pools = (self.rows, self.results)
+        self._private = struct.pack("<11Q", *(t.data_ptr() for t in (*kept, *pools)), *tallies)
+        moving = {"grid": (MOVING,), "block": MOVERS * 32, "shared": MOVER_SHARED}
+        both = [self._world, self._private]
+        self._pull = Launch(self._kernels["pull"], args=both, **moving)  # type: ignore[arg-type]
+        self._push = Launch(self._kernels["push"], args=both, **moving)  # type: ignore[arg-type]
+        self._gemms: tuple[Launch, ...] = ()
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """The slots' weights, gate and up interleaved; before the first round and any capture."""
+        config = self.config
+        w1, w2 = weights["w1"], weights["w2"]
+        b1, b2 = weights.get("b1"), weights.get("b2")
+        if config.gated:
+            w1 = interleave(w1, weights["w3"])
+            b1 = interleave(b1, weights["b3"]) if b1 is not None else None
+        scale = self.scale if config.weight_in == "fc2" else None
+        # Few rows a slot: weights become the 64-row operand.  Rank-identical numbers decide.
+        expected = config.max_rows * config.choices * self.ranks / config.places
+        tall = 64 if expected <= 32 else 0
+        self._gemms = (
+            grouped_gemm(
+                self.rows,
+                w1,
+                self.mid,
+                self.slot_rows,
+                activation=config.activation,
+                clamp=config.clamp,
+                bias_LN=b1,
+                scale_P=scale,
+                tall=tall,
+            ),
+            grouped_gemm(
+                self.mid, w2, self.results, self.slot_rows, bias_LN=b2, scale_P=scale, tall=tall
+            ),
+        )
+
+    def stage(self, x: Tensor, slots: Tensor, weights: Tensor, head: tuple[int, ...]) -> None:
+        """My rows into my slab, counts and lists to the peers, C to each.  int32 slots."""
+        args = [
+            self._world,
+            self._private,
+            x,
+            slots,
+            weights,
+            len(x),
+            struct.pack(f"<{HEAD}q", *head),
+        ]
+        Launch(self._kernels["stage"], (self.ranks + COPIERS,), 1024, args).enqueue(_stream())
+
+    def pull(self) -> None:
+        """Wait for all C; the asked rows into the pool, grouped by slot."""
+        self._pull.enqueue(_stream())
+
+    def ffn(self) -> None:
+        """Both GEMMs with the activation between them."""
+        for gemm in self._gemms:
+            gemm.enqueue(_stream())
+
+    def push(self) -> None:
+        """Results to their sources' cells, then Y to every peer."""
+        self._push.enqueue(_stream())
+
+    def reduce(self, slots: Tensor, weights: Tensor, shared: Tensor | None, out: Tensor) -> None:
+        """Wait for all Y; the sum over choices; NaN after a fault.  The round is over."""
+        args = [
+            self._world,
+            self._private,
+            slots,
+            weights,
+            0 if shared is None else shared,
+            out,
+            len(out),
+        ]
+        grid = processors_of(out.device.index) * 4
+        Launch(self._kernels["reduce"], (grid,), 256, args).enqueue(_stream())
+
+    def round(
+        self,
+        x: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        head: tuple[int, ...],
+        out: Tensor,
+        shared: Tensor | None = None,
+    ) -> None:
+        """All verbs in order on the current stream."""
+        self.stage(x, slots, weights, head)
+        self.pull()
+        self.ffn()
+        self.push()
+        self.reduce(slots, weights, shared, out)
+
+
+def compiled(
+    config: MoEConfig, ranks: int, placed: Layout, layer: int, lane: int
+) -> dict[str, CompiledKernel]:
+    """The verbs' kernels for this layer's shapes and offsets; needs no GPU."""
+    at = placed.lanes[lane][layer]
+    defines: dict[str, int | str] = {
+        "RANKS": ranks,
+        "LOCAL": config.slots_per_rank(ranks),
+        "CHOICES": config.choices,
+        "HIDDEN": config.hidden,
+        "MAX_ROWS": config.max_rows,
+        "RECORD": record(config)[1],
+        "WEIGHT_IN_FC2": int(config.weight_in == "fc2"),
+    }
+    for name in ("words", "heads", "counts", "lists", "weights", "rows", "results"):
+        defines[f"{name.upper()}_AT"] = f"{at[name].at}ull"
+    verbs = ("stage", "pull", "push", "reduce")
+    return {verb: compile_kernel("verbs.cu", verb, defines) for verb in verbs}
+
+
+def _stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
