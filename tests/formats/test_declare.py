@@ -5,7 +5,7 @@ import torch
 
 from epmoe.config import FORMATS, MoEConfig
 from epmoe.formats import format_of
-from epmoe.formats.declare import check_weights, matrices
+from epmoe.formats.declare import agreed_values, check_weights, matrices
 
 MODES = ("dtype", "format")
 
@@ -94,3 +94,11 @@ def test_plain_weights_of_the_wrong_shape_are_refused_before_anything_is_quantis
 def test_a_quantised_width_is_a_multiple_of_32(field):
     with pytest.raises(ValueError, match=f"{field} must be a multiple of 32"):
         config("nvfp4", "dtype", **{field: 48})
+
+
+def test_a_value_that_is_agreed_is_one_value_in_all_slots():
+    weights = {"input_scale": torch.tensor([0.5, 0.5]), "alpha1": torch.tensor([1.0, 2.0])}
+    assert agreed_values(("input_scale",), weights) == {"input_scale": 0.5}
+    assert agreed_values((), weights) == {}
+    with pytest.raises(ValueError, match=r"alpha1 must be equal in all slots, got \[1.0, 2.0\]"):
+        agreed_values(("alpha1",), weights)
