@@ -1,0 +1,142 @@
+// From fp32 sums to bf16 rows: bias, activation, one rounding, and out through shared memory.
+//
+// The sums of m64nN lie so: thread with quad lane q = lane % 4 and g = lane / 4 of warp w has, for
+// every 8 columns j, sums[4 j + 0, 1] = row 16 w + g, columns 8 j + 2 q + {0, 1}, and [4 j + 2, 3]
+// the same of row 16 w + g + 8.  Gate and up weights are interleaved by 8 rows, so that the gate of
+// a value (j even) and its up (j + 1) are in one thread, here and in the narrow path.
+#pragma once
+#include "gemm.cuh"
+
+enum Act { NONE, SWIGLU, GEGLU, GELU, GPT_OSS, RELU2 };
+constexpr bool gated(Act act) { return act == SWIGLU || act == GEGLU || act == GPT_OSS; }
+
+inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+// x * (1 + erf(x / sqrt 2)) / 2 with erf by Abramowitz and Stegun 7.1.26 (off by at most 1.5e-7, as
+// far as 1 + erff is from exact): no branch, a third of erff's instructions.
+inline float gelu(float x) {
+    const float a = fabsf(x) * 0.70710678118654752f;
+    const float t = __fdividef(1.0f, 1.0f + 0.3275911f * a);
+    float tail = 1.061405429f;
+    tail = tail * t - 1.453152027f;
+    tail = tail * t + 1.421413741f;
+    tail = tail * t - 0.284496736f;
+    tail = tail * t + 0.254829592f;
+    tail *= t * __expf(-a * a);  // 1 - erf(a)
+    return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
+}
+
+// `up` is ignored by activations without a gate.  gate <= limit, |up| <= limit; a NaN stays one,
+// which fminf would not promise.
+template <Act act>
+inline float activate(float gate, float up, float limit) {
+    if (act != NONE) gate = gate > limit ? limit : gate;
+    if (gated(act)) up = up > limit ? limit : up < -limit ? -limit : up;
+    switch (act) {
+        case SWIGLU: return gate * sigmoid(gate) * up;
+        case GEGLU: return gelu(gate) * up;
+        case GPT_OSS: return gate * sigmoid(1.702f * gate) * (up + 1.0f);
+        case GELU: return gelu(gate);
+        case RELU2: return gate < 0.0f ? 0.0f : gate * gate;
+        default: return gate;
+    }
+}
+
+// One value from its sums: bias, activation, router weight.  Without an activation this is the
+// second GEMM, where the weight has been applied to the rows already and only the bias still needs
+// it: W2 (m w) + b w.
+template <Act act, bool biased, bool scaled>
+inline float finish(float gate, float up, float gate_bias, float up_bias, float scale,
+                    float limit) {
+    if (act == NONE) return biased ? gate + (scaled ? gate_bias * scale : gate_bias) : gate;
+    if (biased) gate += gate_bias, up += up_bias;
+    const float value = activate<act>(gate, up, limit);
+    return scaled ? value * scale : value;
+}
+
+// Keeps the compiler from computing many of these side by side: 64 erff at once spill.
+inline void in_order(float& v) { asm volatile("" : "+f"(v)); }
+
+// What the epilogue of one GEMM needs besides the sums.
+struct Out {
+    u16* values;          // [pool, width]
+    int width;            // columns of a row of `values`
+    const u16* bias;      // [slots, 2 width or width], in the order of the weights, or null
+    const float* scale;   // [pool], the router weight of a row, or null
+    float limit;
+};
+
+// Writes the results of one warpgroup: `live` of its 64 rows from pool row `row`, from tile of
+// columns `column`.  The staging buffer holds 128 columns; wider results go in two passes.
+template <Act act, bool biased, bool scaled>
+inline void write_out(float (&sums)[TILE_N / 2], const Out& out, const TensorMap& map, u32 staging,
+                      int slot, int row, int live, int column, u32 group) {
+    constexpr int per = gated(act) ? 2 : 1;        // columns of the GEMM to one of the result
+    constexpr int wide = TILE_N / per;             // columns of the result in this tile
+    const u32 lane = lane_index(), warp = warp_index() % 4, thread = threadIdx.x % 128;
+    const int left = column * wide;
+    const int all = out.width * per;
+    const u32 bias = slot * all + column * TILE_N + 2 * (lane % 4);
+    float scale[2] = {1.0f, 1.0f};
+    if (scaled) {
+        const int mine = 16 * warp + lane / 4;
+        if (mine < live) scale[0] = out.scale[row + mine];
+        if (mine + 8 < live) scale[1] = out.scale[row + mine + 8];
+    }
+    // stmatrix: lane i names row i % 8 of the 8 x 8 matrix i / 8; matrices are (upper, lower half
+    // of the warp's rows) of one 8 columns, then of the next 8.
+    const u32 own = 16 * warp + lane % 16, chunk = lane / 16;
+#pragma unroll
+    for (int pass = 0; pass < wide / 128; ++pass) {
+        if (thread == 0) bulk_wait_read<0>();
+        group_sync(1 + group);
+#pragma unroll
+        for (int j = 0; j < 16; j += 2) {
+            u32 v[4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int block = per * (pass * 16 + j + i), b = 4 * block;
+                u32 gates = 0, ups = 0;  // biases of two neighbours
+                if (biased && column * TILE_N + 8 * block < all) {
+                    gates = load_const(out.bias + bias + 8 * block);
+                    if (per == 2) ups = load_const(out.bias + bias + 8 * block + 8);
+                }
+                float r[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (act == GELU || act == GEGLU) in_order(sums[b + e]);
+                    if (act == GEGLU) in_order(sums[b + 4 + e]);
+                    r[e] = finish<act, biased, scaled>(
+                        sums[b + e], per == 2 ? sums[b + 4 + e] : 0.0f,
+                        e % 2 ? bf16_high(gates) : bf16_low(gates),
+                        e % 2 ? bf16_high(ups) : bf16_low(ups), scale[e / 2], out.limit);
+                    if (act == GELU || act == GEGLU) in_order(r[e]);
+                }
+                v[2 * i] = pack_bf16(r[0], r[1]);
+                v[2 * i + 1] = pack_bf16(r[2], r[3]);
+            }
+            const u32 at = staging + j / 8 * 8192 + own * 128 + (((j % 8) + chunk) ^ (own % 8)) * 16;
+            stmatrix4(at, v[0], v[1], v[2], v[3]);
+        }
+        const int x = left + pass * 128;
+        if (live == 64) {
+            fence_async();
+            group_sync(1 + group);
+            if (thread == 0) {
+                tma_store(map, staging, x, row);
+                if (x + 64 < out.width) tma_store(map, staging + 8192, x + 64, row);
+                bulk_commit();
+            }
+        } else {
+            group_sync(1 + group);
+#pragma unroll 1
+            for (int i = 0; i < 8; ++i) {
+                const int r = thread / 16 + 8 * i, c = thread % 16;
+                const u32 at = staging + c / 8 * 8192 + r * 128 + ((c % 8) ^ (r % 8)) * 16;
+                if (r < live && x + 8 * c < out.width)
+                    store_global(out.values + (u64)(row + r) * out.width + x + 8 * c,
+                                 load_shared(at));
+            }
+        }
+    }
+}

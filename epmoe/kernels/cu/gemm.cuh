@@ -1,0 +1,117 @@
+// The tile loop: one warp feeds a ring of shared-memory stages, two warpgroups multiply from it.
+//
+// A tile is 128 rows x 256 columns; each warpgroup has 64 of the rows and keeps 64 x 256 sums in
+// registers.  A stage holds 64 of the K: 16 KiB of rows and 32 KiB of weights.  The two CTAs of a
+// cluster share either the weights or the rows of their tiles: each loads half of what is shared
+// and multicasts it, so that a CTA takes 32 or 40 KiB a stage from L2 instead of 48 (without this
+// the loop asks L2 for 48 B a cycle and SM, which it cannot give).
+//
+// The warpgroups wait for stages on their own, so one may be in its epilogue while the other
+// multiplies.  (Making one start two stages late changed nothing: 708 against 710 TFLOP/s.)
+#pragma once
+#include "order.cuh"
+#include "tiles.cuh"
+#include "wgmma.cuh"
+
+constexpr int TILE_N = 256;
+constexpr int TILE_K = 64;
+constexpr int STAGES = 4;
+constexpr int GROUPS = 2;                          // consumer warpgroups
+constexpr int THREADS = (GROUPS + 1) * 128;        // and one whose first warp feeds them
+constexpr int FEED_REGISTERS = 40;                 // 168 at launch; what the feeding group gives
+constexpr int MULTIPLY_REGISTERS = 232;            // back lets epilogues live without spills
+constexpr u32 ROW_BYTES = BLOCK * TILE_K * 2;      // of one stage
+constexpr u32 WEIGHT_BYTES = TILE_N * TILE_K * 2;
+constexpr u32 STAGE_BYTES = ROW_BYTES + WEIGHT_BYTES;
+constexpr u32 STAGING_BYTES = 2 * 64 * 64 * 2;     // a warpgroup's results on their way out
+
+// Where things lie in shared memory, from a base that is a multiple of 1024.
+constexpr u32 STAGING_AT = STAGES * STAGE_BYTES;
+constexpr u32 BARS_AT = STAGING_AT + GROUPS * STAGING_BYTES;
+constexpr u32 ORDER_AT = BARS_AT + 2 * STAGES * 8;
+constexpr u32 TABLE_AT = ORDER_AT + ORDER_BYTES;
+
+struct Ring {
+    u32 base;       // shared address of stage 0
+    u32 stage = 0;
+    u32 phase = 0;  // parity of the round through the ring
+
+    inline u32 rows() const { return base + stage * STAGE_BYTES; }
+    inline u32 weights() const { return rows() + ROW_BYTES; }
+    inline u32 full() const { return base + BARS_AT + stage * 8; }
+    inline u32 empty() const { return full() + STAGES * 8; }
+    inline void next() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+};
+
+// One thread; the caller syncs the cluster afterwards.
+inline void ring_init(u32 base) {
+    for (u32 s = 0; s < STAGES; ++s) {
+        bar_init(base + BARS_AT + s * 8, 1);
+        bar_init(base + BARS_AT + (STAGES + s) * 8, 2 * GROUPS * 4);  // every warp of both CTAs
+    }
+    bar_init_done();
+}
+
+// Feeds one tile of `steps` stages.  One thread.
+template <int steps>
+inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
+                 u32 rank) {
+    const int row = tile.block * BLOCK, column = tile.column * TILE_N;
+    for (int k = 0; k < steps; ++k, ring.next()) {
+        bar_wait(ring.empty(), ring.phase ^ 1);
+        bar_expect(ring.full(), STAGE_BYTES);
+        const int x = k * TILE_K;
+        constexpr u32 half_rows = ROW_BYTES / 2, half_weights = WEIGHT_BYTES / 2;
+        if (tile.same_rows) {
+            tma_load_both(ring.rows() + rank * half_rows, rows, ring.full(), x,
+                          row + rank * (BLOCK / 2), 0);
+            tma_load(ring.weights(), weights, ring.full(), x, column, tile.slot);
+            tma_load(ring.weights() + half_weights, weights, ring.full(), x, column + TILE_N / 2,
+                     tile.slot);
+        } else {
+            tma_load(ring.rows(), rows, ring.full(), x, row, 0);
+            tma_load(ring.rows() + half_rows, rows, ring.full(), x, row + BLOCK / 2, 0);
+            tma_load_both(ring.weights() + rank * half_weights, weights, ring.full(), x,
+                          column + rank * (TILE_N / 2), tile.slot);
+        }
+    }
+}
+
+// A warp gives a stage back to both CTAs: either may have multicast into it.
+inline void release(u32 empty) {
+    if (lane_index() < 2) bar_arrive_at(empty, lane_index());
+}
+
+// Multiplies one tile into `sums`; warpgroup `group` has rows 64 * group .. + 63.
+template <int steps>
+inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group) {
+    u32 before = 0;
+    for (int k = 0; k < steps; ++k, ring.next()) {
+        bar_wait(ring.full(), ring.phase);
+        const u64 a = tile_descriptor(ring.rows() + group * (ROW_BYTES / 2));
+        const u64 b = tile_descriptor(ring.weights());
+        wgmma_begin();
+#pragma unroll
+        for (u32 i = 0; i < TILE_K / 16; ++i)
+            Wgmma<TILE_N>::run(sums, a + 2 * i, b + 2 * i, (k | i) != 0);
+        wgmma_commit();
+        wgmma_wait<1>();  // the stage before this one has been read
+        if (k) release(before);
+        before = ring.empty();
+    }
+    wgmma_wait<0>();
+    release(before);
+#pragma unroll
+    for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// A warpgroup without live rows in this tile only keeps the ring turning.
+template <int steps>
+inline void skip(Ring& ring) {
+    for (int k = 0; k < steps; ++k, ring.next()) {
+        bar_wait(ring.full(), ring.phase);
+        release(ring.empty());
+    }
+}
