@@ -17,14 +17,14 @@ from epmoe.context import PHASES, ForwardContext
 from epmoe.errors import ConfigMismatch, EpmoeError
 from epmoe.formats import DTYPE, format_of
 from epmoe.formats.declare import agreed_values
-from epmoe.kernels.host import HostOps
-from epmoe.kernels.ops import VERBS, Ops
+from epmoe.kernels.ops import VERBS
 from epmoe.migration import Migration
-from epmoe.runtime import Lane, Runtime, agree
+from epmoe.rounds import open_rounds
+from epmoe.runtime import Runtime, agree
 from epmoe.sched.chunks import Chunks, plan_chunks
 from epmoe.sched.loads import Loads
 from epmoe.sched.placement import Placement, choose_slots
-from epmoe.shared import shared_rows, shared_tensors
+from epmoe.shared import shared_tensors
 
 
 class MoE:
@@ -40,7 +40,7 @@ class MoE:
         self.config = runtime.configs[layer]
         self.layer = layer
         self._runtime = runtime
-        self._device = torch.device("cpu")
+        self._device = runtime.device
         self._weights: dict[str, Tensor] = {}
         self._shared: dict[str, Tensor] = {}
         group = runtime.group
@@ -48,20 +48,11 @@ class MoE:
         self.epoch = 0  # how often the placement has changed; equal on all ranks in every round
         self._migration: Migration | None = None
         self._seen = [Loads(experts=self.config.experts) for _ in range(self.config.lanes)]
-        self._ops: list[Ops] = [
-            HostOps(
-                self.config,
-                runtime.heap,
-                runtime.placed,
-                layer=layer,
-                lane=lane,
-                words=runtime.lanes[lane].words,
-                weights=self._weights,
-                describe=runtime.describe,
-            )
+        self._rounds = [
+            open_rounds(runtime, layer, lane, self._weights, self._shared)
             for lane in range(self.config.lanes)
         ]
-        runtime.views += [ops.close for ops in self._ops]
+        runtime.views += [rounds.close for rounds in self._rounds]
 
     @classmethod
     def open(cls, config: MoEConfig, group: Group) -> MoE:
@@ -74,8 +65,6 @@ class MoE:
 
         They run one at a time per lane, in the same order on every rank.
         """
-        for config in configs:
-            config.slots_per_rank(group.size)
         runtime = Runtime.open(configs, group)
         return tuple(cls(runtime, layer) for layer in range(len(configs)))
 
@@ -99,6 +88,8 @@ class MoE:
         names = {t.name for t in shared}
         self._weights.update({n: t for n, t in tensors.items() if n not in names})
         self._shared.update({n: t for n, t in tensors.items() if n in names})
+        for rounds in self._rounds:
+            rounds.adopt()
 
     def __call__(
         self,
@@ -116,12 +107,16 @@ class MoE:
         their answers, and raises afterwards.
         """
         runtime = self._runtime
-        with runtime.turn(lane) as turn:
+        # The caller's modes must not reach the arithmetic: parameters that require grad, autocast.
+        plain = torch.autocast(self._device.type, enabled=False)
+        with torch.no_grad(), plain, runtime.turn(lane) as turn:
             if not self._weights:
                 raise EpmoeError(
                     f"rank {runtime.group.rank}: layer {self.layer} ({self.config.name}) has no "
                     "weights; call load first"
                 )
+            if self._device.type != "cpu":
+                self._rounds[lane].check()
             self._switch()
             refused = self._refusal(x, ids, weights, context)
             if refused is not None:
@@ -129,7 +124,7 @@ class MoE:
                 context = context if isinstance(context, ForwardContext) else None
             slots, chunks = self._slots(ids), self._chunks(context, len(x))
             phase = PHASES.index(context.phase) if context is not None else 0
-            outs, rows_S = [], torch.zeros(self.config.places, dtype=torch.int64)
+            outs = []
             for chunk in range(chunks.count):
                 span = chunks.span(chunk, runtime.group.rank) if refused is None else slice(0, 0)
                 head = (
@@ -142,10 +137,11 @@ class MoE:
                     self.epoch,
                     lane,
                 )
-                out, counted_S = self._round(turn, lane, x[span], slots[span], weights[span], head)
-                outs.append(out)
-                rows_S += counted_S
-            self._observe(lane, rows_S)
+                freight = self._migration if lane == 0 else None
+                outs.append(
+                    self._rounds[lane].run(turn, x[span], slots[span], weights[span], head, freight)
+                )
+            self._observe(lane)
         if refused is not None:
             raise refused
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -195,13 +191,23 @@ class MoE:
         """Rows every logical expert got lately, from all ranks: the same numbers on every rank.
 
         float64 of length experts, over the last 1,000 forwards that had rows.  Choices of -1 are
-        not counted.  Readable at any time.
+        not counted.  Readable at any time; on a GPU this waits for the rounds that are queued.
         """
+        if self._device.type != "cpu":
+            for lane in range(self.config.lanes):
+                self._count(lane)
         return torch.stack([seen.loads_E for seen in self._seen]).sum(0)
 
     def check(self) -> None:
-        """Raise if this layer's heap is closed or unusable; on the host nothing else is pending."""
+        """Raise if this layer's heap is closed or unusable, or if a round on the GPU failed.
+
+        A GPU's rounds are queued: what went wrong in one shows here (its output is NaN), or in the
+        next forward.
+        """
         self._runtime.check()
+        with self._runtime.blamed():
+            for rounds in self._rounds:
+                rounds.check()
 
     def close(self) -> None:
         """Leave and unmap, for every layer on this heap.  Local: waits for nobody."""
@@ -217,37 +223,8 @@ class MoE:
         trace: TracebackType | None,
     ) -> None:
         if error is not None and not self._runtime.closed:
-            self._runtime.poison(error, self._runtime.lanes[0].round)
+            self._runtime.poison(error, self._runtime.lanes[0].next_round())
         self.close()
-
-    def _round(
-        self,
-        turn: Lane,
-        lane: int,
-        x: Tensor,
-        slots: Tensor,
-        weights: Tensor,
-        head: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor]:
-        """Stage, C, plan, pull, experts, push, Y, reduce: see docs/design.md.
-
-        Gives my rows' results and the rows of every slot of all ranks.
-        """
-        ops, round, limit_s = self._ops[lane], turn.round, self._runtime.limit_s(turn)
-        freight = self._migration if lane == 0 else None
-        if freight is not None:
-            freight.load()
-        ops.stage(x, slots, weights, head, round)
-        shared = shared_rows(self.config, self._shared, x)  # while the peers' words travel
-        plan = ops.wait_plan(round, limit_s)
-        if freight is not None:
-            freight.unload()
-        rows = ops.pull(plan)
-        y = ops.ffn(rows, plan)
-        ops.push(y, plan, round)
-        out = ops.reduce(slots, weights, shared, round, limit_s)
-        turn.round += 1
-        return out, plan.rows_S
 
     def _move_all(self) -> None:
         """Rounds without rows until everything has arrived; then the switch."""
@@ -256,7 +233,7 @@ class MoE:
         with self._runtime.turn(0) as turn:
             while self._migration is not None and not self._migration.arrived:
                 head = (self.layer, VERBS.index("place"), config.max_rows, 0, 1, 0, self.epoch, 0)
-                self._round(turn, 0, x, ids, weights, head)
+                self._rounds[0].run(turn, x, ids, weights, head, self._migration)
             self._switch()
 
     def _switch(self) -> None:
@@ -284,7 +261,7 @@ class MoE:
         return (
             torch.empty(0, hidden, dtype=dtype, device=self._device),
             torch.empty(0, choices, dtype=torch.int64, device=self._device),
-            torch.empty(0, choices, device=self._device),
+            torch.empty(0, choices, dtype=torch.float32, device=self._device),
         )
 
     def _slots(self, ids: Tensor) -> Tensor:
@@ -292,7 +269,13 @@ class MoE:
             return ids  # the linear placement without replicas is the identity
         return choose_slots(ids, self.placement, rank=self._runtime.group.rank)
 
-    def _observe(self, lane: int, rows_S: Tensor) -> None:
+    def _observe(self, lane: int) -> None:
+        """Once per forward on the host; a GPU counts by itself and is asked by ``loads``."""
+        if self._device.type == "cpu":
+            self._count(lane)
+
+    def _count(self, lane: int) -> None:
+        rows_S = self._rounds[lane].counted()
         expert_of_S = torch.tensor(self.placement.expert_of_S)
         rows_E = torch.zeros(self.config.experts, dtype=torch.int64)
         rows_E.scatter_add_(0, expert_of_S, rows_S)

@@ -12,6 +12,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
 
 from epmoe import comm
 from epmoe.comm.group import Group
@@ -20,6 +23,10 @@ from epmoe.comm.layout import Layout, layout
 from epmoe.comm.words import ROUNDS, LastWords, Words
 from epmoe.config import MoEConfig
 from epmoe.errors import ConfigMismatch, EpmoeError, PeerLost
+from epmoe.kernels.ops import HEAD_FIELDS
+
+if TYPE_CHECKING:
+    from epmoe.comm.device_words import DeviceWords
 
 PROTOCOL = 1  # what two ranks must agree on beside their configs: words, layout, order of a round
 
@@ -28,9 +35,13 @@ PROTOCOL = 1  # what two ranks must agree on beside their configs: words, layout
 class Lane:
     """One stream of rounds: its words, the round that comes next, and who is in it."""
 
-    words: Words
-    round: int = 1
+    words: Words | DeviceWords
+    round: int = 1  # as this process counts; a GPU's own count is the one that holds
     busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def next_round(self) -> int:
+        """The round that comes next on this lane."""
+        return self.round if isinstance(self.words, Words) else self.words.round()
 
 
 class Runtime:
@@ -43,31 +54,57 @@ class Runtime:
         self.pid = os.getpid()
         self.fault: BaseException | None = None
         self.closed = False
-        self.views: list[
-            Callable[[], None]
-        ] = []  # what must let go before the heap can be unmapped
-        self.lanes = [
-            Lane(
-                Words(
-                    heap,
-                    placed,
-                    lane,
-                    lost=group.watch.lost,
-                    describe=self.describe,
-                    state_of=self.state_of,
-                )
+        # What must let go before the heap can be unmapped.
+        self.views: list[Callable[[], None]] = []
+        self.device = torch.device("cpu")
+        if configs[0].heap != "host":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.lanes = [Lane(self._words(lane)) for lane in range(configs[0].lanes)]
+
+    def _words(self, lane: int) -> Words | DeviceWords:
+        watch, heap = self.group.watch, self.heap
+        if self.configs[0].heap == "host":
+            return Words(
+                heap,
+                self.placed,
+                lane,
+                lost=watch.lost,
+                describe=self.describe,
+                state_of=self.state_of,
             )
-            for lane in range(configs[0].lanes)
-        ]
+        from epmoe.comm.cuda import CudaHeap
+        from epmoe.comm.device_words import DeviceWords
+
+        if not isinstance(heap, CudaHeap):
+            raise EpmoeError(f"words on a GPU need a CUDA heap, got {type(heap).__name__}")
+        return DeviceWords(
+            heap,
+            self.placed,
+            lane,
+            watch=watch,
+            describe=self.describe,
+            state_of=self.state_of,
+            head_fields=HEAD_FIELDS,
+            limit_s=self.configs[0].open_s,
+        )
 
     @classmethod
     def open(cls, configs: Sequence[MoEConfig], group: Group) -> Runtime:
         """Compare configs, then make and map the heap: every rank succeeds or every rank raises."""
-        limit_s = configs[0].open_s
-        compare(configs, group, limit_s)
+        limit_s = configs[0].open_s if configs else 600.0
+        compare(configs, group, limit_s)  # first: what follows would raise on the odd rank alone
+        for config in configs:
+            config.slots_per_rank(group.size)
         placed = layout(configs, group.size)
         heap = comm.open_heap(configs[0].heap, group, placed.total, generation=1, limit_s=limit_s)
         return cls(configs, group, heap, placed)
+
+    def host_words(self, lane: int) -> Words:
+        """The words of a lane of a host heap."""
+        words = self.lanes[lane].words
+        if not isinstance(words, Words):
+            raise EpmoeError(f"rounds on the host need a host heap, got {type(self.heap).__name__}")
+        return words
 
     @contextmanager
     def turn(self, number: int) -> Iterator[Lane]:
@@ -88,7 +125,7 @@ class Runtime:
         try:
             yield lane
         except Exception as error:
-            self.poison(error, lane.round)
+            self.poison(error, lane.next_round())
             if self.closed:  # its views are gone: whatever this is, the close is the cause
                 raise EpmoeError(
                     f"rank {self.group.rank}: this MoE was closed by another thread in round "
@@ -96,10 +133,19 @@ class Runtime:
                 ) from error
             raise
         except BaseException as error:
-            self.poison(error, lane.round)
+            self.poison(error, lane.next_round())
             raise
         finally:
             lane.busy.release()
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """A fault found on the GPU poisons the heap as one raised in a round does."""
+        try:
+            yield
+        except EpmoeError as error:
+            self.poison(error, self.lanes[0].next_round())
+            raise
 
     def limit_s(self, lane: Lane) -> float:
         """The first round may wait for a peer that still compiles or loads; later ones may not."""
@@ -129,15 +175,15 @@ class Runtime:
 
     def poison(self, error: BaseException, round: int) -> None:
         """Remember the first fault and tell every peer in every lane that this rank has left."""
-        if self.fault is not None or self.closed:
-            return
+        if self.fault is not None or self.closed or os.getpid() != self.pid:
+            return  # a forked child is not a rank, and the heap is not mapped there
         self.fault = error
         if isinstance(error, PeerLost):
             why = LastWords(error.how, error.ranks, round, str(error).split("\n", 1)[0])
         else:
             text = f"{type(error).__name__}: {error}"
             why = LastWords("raised", (self.group.rank,), round, text)
-        self._leave(why, {id(lane): lane.round for lane in self.lanes})
+        self._leave(why)
 
     def close(self) -> None:
         """Leave, tell the peers, unmap.  Waits for nobody; may be called twice."""
@@ -145,7 +191,7 @@ class Runtime:
             return
         if self.fault is None:
             text = f"rank {self.group.rank} closed its MoE"
-            self._leave(LastWords("closed", (self.group.rank,), self.lanes[0].round, text), {})
+            self._leave(LastWords("closed", (self.group.rank,), 0, text))
         self.closed = True
         for let_go in self.views:
             let_go()
@@ -153,9 +199,10 @@ class Runtime:
             lane.words.close()
         self.heap.close()
 
-    def _leave(self, why: LastWords, rounds: dict[int, int]) -> None:
+    def _leave(self, why: LastWords) -> None:
+        """Each lane has rounds of its own: what it says is the next one of that lane."""
         for lane in self.lanes:
-            round = rounds.get(id(lane), lane.round) % ROUNDS
+            round = lane.next_round() % ROUNDS
             lane.words.leave(LastWords(why.how, why.ranks, round, why.text))
 
 

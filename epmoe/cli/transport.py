@@ -68,7 +68,7 @@ class Epmoe:
             self._runtime.placed,
             layer=0,
             lane=0,
-            words=self._runtime.lanes[0].words,
+            words=self._runtime.host_words(0),
             weights={},
             describe=self._runtime.describe,
         )
@@ -92,7 +92,7 @@ class Epmoe:
             with self._clock("push, Y"):
                 ops.push(y, plan, round)
             with self._clock("wait Y"):  # reduce would wait; here it finds all of them
-                turn.words.wait(Y, round, LIMIT_S)
+                self._runtime.host_words(0).wait(Y, round, LIMIT_S)
             self.moved.append(time.perf_counter() - started)
             with self._clock("reduce"):
                 out = ops.reduce(ids, weights, None, round, LIMIT_S)
@@ -121,7 +121,7 @@ def run(
 ) -> Report:
     """Collective: contestants take turns, ``rounds`` each.  ``EpmoeError`` if results differ."""
     x, ids, weights = _drawn(config, rows, 1000 * seed + group.rank)
-    epmoe, gloo = Epmoe(config, group), Gloo(config, group)
+    epmoe, gloo = Epmoe(config, group), Gloo(config, group, rows)
     try:
         bare = gloo.bare(x, ids)
         ours, theirs = epmoe(x, ids, weights), gloo(x, ids, weights)

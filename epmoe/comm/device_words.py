@@ -126,7 +126,11 @@ class DeviceWords:
         return "  words (C/Y): rank " + "   ".join(cells)
 
     def close(self) -> None:
-        """Nothing to drop: kernels of this lane must have ended before the heap is unmapped."""
+        """Let every kernel of this lane that still waits leave, so that unmapping need not wait."""
+        stop = torch.tensor([1 + HOWS.index("closed")]).pin_memory()
+        with torch.cuda.stream(self._stream):
+            self._numbers[1:2].copy_(stop, non_blocking=True)
+        self._stream.synchronize()
 
     def _lost(self, rank: int, how: str) -> None:
         self._gone[rank] = 1

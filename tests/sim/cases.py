@@ -254,7 +254,7 @@ def plant(moe, lane, verb, error):
     def struck(*args, **kwargs):
         raise error("out of memory")
 
-    setattr(moe._ops[lane], verb, struck)
+    setattr(moe._rounds[lane].ops, verb, struck)
 
 
 def case(seed, steps=3):
