@@ -95,6 +95,7 @@ MUTANTS = (
             "            start = int(asked_R.sum(1)[:src].sum())\n"
             + RESULTS.replace("plan.plan.source(src)", "start : start + len(plan.cells_R[src])"),
         ),
+        seed=61,
     ),
     host(
         "no wait for C",
@@ -120,6 +121,7 @@ MUTANTS = (
             GONE,
             GONE.splitlines(keepends=True)[2] + "".join(GONE.splitlines(keepends=True)[1::-1]),
         ),
+        seed=358,
     ),
     words(
         "a death stops also those who need nothing",

@@ -1,0 +1,76 @@
+"""kill -9: every survivor names the dead within 100 ms; what returned is right, nothing stays."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from faults.harness import Board, Traffic, shmem, start, until_it_ends
+
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    return Traffic(RANKS)
+
+
+def schedule(traffic, seed, victims=1):
+    """Kill ``victims`` random ranks at a random moment; the survivors' reports and delays (s)."""
+    rng, board = random.Random(seed), Board(RANKS)
+    with start(RANKS, lambda rank: until_it_ends(traffic, rank, board)) as job:
+        board.wait(1)
+        time.sleep(rng.random() * 0.02)
+        dead = rng.sample(range(RANKS), victims)
+        killed = time.monotonic()
+        for rank in dead:
+            os.kill(job.pids[rank], signal.SIGKILL)
+        outcomes = job.wait(30)
+    survivors = [o for o in outcomes if o.rank not in dead]
+    for one in survivors:
+        said = one.result
+        assert one.code == 0, (seed, one.log)
+        assert said["error"] == "PeerLost", (seed, said)
+        assert said["how"] == "exited", (seed, said)
+        assert said["ranks"], (seed, said)
+        assert set(said["ranks"]) <= set(dead), (seed, said)
+        assert f"rank {said['ranks'][0]} (pid {job.pids[said['ranks'][0]]}" in said["text"]
+        assert said["wrong"] == 0, (seed, said)
+        assert said["left"] == {}, (seed, said)
+        assert said["closing"] < 1, (seed, said)
+    return [one.result["at"] - killed for one in survivors]
+
+
+def judge(delays):
+    """p99 within 100 ms on a machine that is ours; a core that others share comes round later."""
+    others = max(0.0, os.getloadavg()[0] - RANKS) / (os.cpu_count() or 1)
+    delays.sort()
+    assert delays[int(len(delays) * 0.99)] <= 0.100 * (1 + others), (others, delays)
+    assert delays[-1] <= 1.0 * (1 + others), (others, delays)
+
+
+def test_a_random_rank_is_killed_a_hundred_times(traffic):
+    before = shmem()
+    delays = []
+    for seed in range(100):
+        delays += schedule(traffic, seed)
+    judge(delays)
+    assert shmem() - before < 16, "shared memory did not come back"
+
+
+def test_two_ranks_are_killed_at_once(traffic):
+    judge([delay for seed in range(20) for delay in schedule(traffic, seed, victims=2)])
+
+
+def test_all_but_one_are_killed(traffic):
+    for seed in range(5):
+        schedule(traffic, seed, victims=RANKS - 1)
+
+
+@pytest.mark.night
+@pytest.mark.timeout(900)
+def test_a_random_rank_is_killed_a_thousand_times(traffic):
+    judge([delay for seed in range(1000) for delay in schedule(traffic, seed)])
