@@ -13,6 +13,7 @@ HEAPS = ("host", "cuda", "nvshmem")
 FORMATS = ("plain", "fp8", "mxfp4", "nvfp4")
 ACTIVATIONS_IN = ("dtype", "format")
 WEIGHT_IN = ("reduce", "fc2")
+LONGEST_S = 1_000_000  # twelve days; poll() takes at most 2**31 milliseconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +77,18 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
+            if name != "clamp" and value > LONGEST_S:
+                raise ValueError(f"{name} must be at most {LONGEST_S}, got {value!r}")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"bias must be a bool, got {type(self.bias).__name__}")
         for name in ("hidden", "inner"):
             if self.format != "plain" and getattr(self, name) % 32:
                 raise ValueError(
                     f"{name} must be a multiple of 32 for format {self.format!r}, "
                     f"got {getattr(self, name)}"
                 )
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a str, got {type(self.name).__name__}")
         if not self.name or len(self.name) > 64:
             raise ValueError(f"name must have 1 to 64 characters, got {self.name!r}")
 

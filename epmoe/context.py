@@ -28,5 +28,7 @@ class ForwardContext:
                 raise TypeError(f"rows must be a tuple of int, got {self.rows!r}")
             if not self.rows or min(self.rows) < 0:
                 raise ValueError(f"rows must be at least 0 on every rank, got {self.rows}")
+        if not isinstance(self.epoch, int):
+            raise TypeError(f"epoch must be an int, got {type(self.epoch).__name__}")
         if self.epoch < 0:
             raise ValueError(f"epoch must be at least 0, got {self.epoch}")

@@ -108,7 +108,9 @@ class HostOps:
     def pull(self, plan: HostPlan) -> tuple[Tensor, Tensor]:
         """See ``Ops``: the records of all asked rows, and the router weights of their choices."""
         records = torch.empty(plan.plan.rows, self._rows[0].shape[1], dtype=torch.int64)
-        weights = torch.empty(plan.plan.rows if self.config.weight_in == "fc2" else 0)
+        weights = torch.empty(
+            plan.plan.rows if self.config.weight_in == "fc2" else 0, dtype=torch.float32
+        )
         for src in self._from_my_right():
             cells = plan.cells_R[src]
             span = plan.plan.source(src)
@@ -159,7 +161,7 @@ class HostOps:
         self.words.wait(Y, round, limit_s)
         rows, choices = slots_TK.shape
         cells = self._results[self.rank][: rows * choices].view(rows, choices, self.config.hidden)
-        out = torch.zeros(rows, self.config.hidden)
+        out = torch.zeros(rows, self.config.hidden, dtype=torch.float32)
         for k in range(choices):
             term = cells[:, k].float()
             if self.config.weight_in == "reduce":
