@@ -65,8 +65,9 @@ class MoE:
 
         They run one at a time per lane, in the same order on every rank.
         """
-        runtime = Runtime.open(configs, group)
-        return tuple(cls(runtime, layer) for layer in range(len(configs)))
+        with torch.inference_mode(False):  # or the heap could not be written outside of that mode
+            runtime = Runtime.open(configs, group)
+            return tuple(cls(runtime, layer) for layer in range(len(configs)))
 
     def load(self, **tensors: Tensor) -> None:
         """The tensors of my slots, in the format's declared names; kept, not copied.
@@ -107,9 +108,7 @@ class MoE:
         their answers, and raises afterwards.
         """
         runtime = self._runtime
-        # The caller's modes must not reach the arithmetic: parameters that require grad, autocast.
-        plain = torch.autocast(self._device.type, enabled=False)
-        with torch.no_grad(), plain, runtime.turn(lane) as turn:
+        with runtime.turn(lane) as turn:
             if not self._weights:
                 raise EpmoeError(
                     f"rank {runtime.group.rank}: layer {self.layer} ({self.config.name}) has no "
@@ -125,22 +124,28 @@ class MoE:
             slots, chunks = self._slots(ids), self._chunks(context, len(x))
             phase = PHASES.index(context.phase) if context is not None else 0
             outs = []
-            for chunk in range(chunks.count):
-                span = chunks.span(chunk, runtime.group.rank) if refused is None else slice(0, 0)
-                head = (
-                    self.layer,
-                    VERBS.index("forward"),
-                    chunks.capacity,
-                    chunk,
-                    chunks.count,
-                    phase,
-                    self.epoch,
-                    lane,
-                )
-                freight = self._migration if lane == 0 else None
-                outs.append(
-                    self._rounds[lane].run(turn, x[span], slots[span], weights[span], head, freight)
-                )
+            # Modes of the caller must not reach the arithmetic: parameters with grad, autocast.
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                for chunk in range(chunks.count):
+                    span = (
+                        chunks.span(chunk, runtime.group.rank) if refused is None else slice(0, 0)
+                    )
+                    head = (
+                        self.layer,
+                        VERBS.index("forward"),
+                        chunks.capacity,
+                        chunk,
+                        chunks.count,
+                        phase,
+                        self.epoch,
+                        lane,
+                    )
+                    freight = self._migration if lane == 0 else None
+                    outs.append(
+                        self._rounds[lane].run(
+                            turn, x[span], slots[span], weights[span], head, freight
+                        )
+                    )
             self._observe(lane)
         if refused is not None:
             raise refused
