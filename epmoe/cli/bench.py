@@ -17,8 +17,8 @@ RANKS = 4
 DETAIL = """\
 What is timed, per round, on every rank:
   epmoe             stage, C, wait, plan, pull, push, Y, wait, reduce: a round's verbs, no ffn
-  gloo              the same by all_to_all_single, as its user writes it: sort by rank, counts,
-                    rows, results, back into the order of the choices, weighted sum in fp32
+  gloo              the same by all_to_all_single, as a careful user writes it: sort by expert,
+                    counts, rows, results, back into the order of the choices, weighted sum in fp32
   epmoe, rows moved of the first, until all results lie in this rank's slab (all but reduce)
   gloo, rows moved  the three all_to_all_single alone (counts, rows, results): rows were sorted and
                     memory was made before the clock started

@@ -1,4 +1,4 @@
-"""epmoe demo: some hundred rounds of skewed traffic, every result compared with the oracle."""
+"""epmoe demo: rounds of skewed traffic, every result compared with the oracle."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def add(subparsers: Any) -> None:
     """Declare the verb."""
     parser = subparsers.add_parser(
         "demo",
-        help="run some hundred rounds over several ranks and check every result",
+        help="run a thousand rounds over several ranks and check every result",
         description=__doc__,
         epilog=DETAIL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=600, help="at least so many (600)")
+    parser.add_argument("--rounds", type=int, default=1000, help="at least so many (1000)")
     parser.add_argument("--ranks", type=int, help=f"ranks to start if no launcher did ({RANKS})")
     parser.add_argument("--layers", type=int, default=4, help="layers that share the heap (4)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
