@@ -13,6 +13,8 @@ from epmoe.formats import DTYPE, SlotTensor
 from epmoe.sched.freight import PIECE
 from epmoe.sched.placement import Placement
 
+MATRICES = ("w1", "w3", "w2")
+
 
 def check_batch(
     config: MoEConfig,
@@ -107,7 +109,11 @@ def check_weights(
     slots: int,
     device: torch.device,
 ) -> None:
-    """Exactly the declared tensors, each with the slots of this rank in front."""
+    """Exactly the declared tensors, each with the slots of this rank in front.
+
+    A matrix in fp32 or bf16 may be a view whose rows lie apart, as gate and up do that are stored
+    as one tensor: every reader goes row by row.  All else must be contiguous.
+    """
     wanted = {t.name: ((slots, *t.shape), t.dtype) for t in declared}
     wanted |= {t.name: (t.shape, t.dtype) for t in shared}
     if missing := sorted(wanted.keys() - given.keys()):
@@ -116,13 +122,20 @@ def check_weights(
         raise ValueError(f"load got {', '.join(extra)}; wanted are {', '.join(wanted)}")
     for name, (shape, dtype) in wanted.items():
         tensor = given[name]
-        _check_tensor(name, tensor, len(shape), (dtype,), device)
+        rows_apart = name in MATRICES and dtype in DTYPE.values()
+        _check_tensor(name, tensor, len(shape), (dtype,), device, rows_apart=rows_apart)
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def _check_tensor(
-    name: str, tensor: Tensor, dims: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+    name: str,
+    tensor: Tensor,
+    dims: int,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    *,
+    rows_apart: bool = False,
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -133,9 +146,10 @@ def _check_tensor(
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got {tensor.dim()}")
-    if not tensor.is_contiguous():
+    if not (tensor.is_contiguous() or (rows_apart and tensor.stride(-1) == 1)):
+        whole = "have contiguous rows" if rows_apart else "be contiguous"
         raise ValueError(
-            f"{name} must be contiguous, got strides {tensor.stride()} for shape "
+            f"{name} must {whole}, got strides {tensor.stride()} for shape "
             f"{tuple(tensor.shape)}; nothing is copied in silence"
         )
     if tensor.requires_grad and torch.is_grad_enabled():

@@ -95,7 +95,10 @@ class Migration:
             for tensor in self._declared:
                 slot = self._weights[tensor.name][move.slot - self._first]
                 part = self._shadows[move.slot][at : at + tensor.nbytes]
-                slot.view(-1).view(torch.uint8)[:] = part
+                if slot.is_contiguous():
+                    slot.view(-1).view(torch.uint8)[:] = part
+                else:  # rows that lie apart; such a format has one dtype, so ``part`` is aligned
+                    slot.copy_(part.view(tensor.dtype).view(tensor.shape))
                 at += tensor.nbytes
 
     def _take(self, parcel: Parcel) -> None:

@@ -1,0 +1,259 @@
+"""The MoE layers of one model: opened together at the first forward, run one after the other."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from epmoe import Balancer, BalanceRule, EpmoeError, ForwardContext, Group, MoE, MoEConfig
+from epmoe.transformers.activation import activation_of
+from epmoe.transformers.weights import shape_of, slots_of, stored_by
+
+OPEN_S = 600.0  # ranks may read their checkpoints at different speed
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class Stack:
+    """The layers that share one heap, in the order in which the model was built.
+
+    ``process_group`` holds the ranks the experts are spread over; None is one rank alone.
+    """
+
+    def __init__(self, options: Mapping[str, Any], process_group: Any, *, exchange: bool) -> None:
+        self.options, self.process_group, self.exchange = dict(options), process_group, exchange
+        self.parts: list[weakref.ref[Part]] = []  # parts own the stack, not the other way round
+        self.moes: tuple[MoE, ...] = ()
+        self.balancer: Balancer | None = None
+        self.idle = False  # this rank has no tokens: what the model is fed is for show
+        self.closed = False
+        self._group: Group | None = None
+        self._rows: tuple[int, ...] | None = None
+
+    def open(self, choices: int) -> None:
+        """Collective, once: one heap for all layers, and the slots of each."""
+        if self.closed:
+            raise EpmoeError("the experts of this model are closed")
+        if self.moes:
+            return
+        parts = [part for part in (ref() for ref in self.parts) if part is not None]
+        alone = self.process_group is None
+        group = Group.alone() if alone else Group.from_torch(self.process_group)
+        try:
+            configs: list[MoEConfig] = []
+            with group.guarded("reading the experts of a model", OPEN_S):
+                for part in parts:
+                    configs.append(self._config(part, choices, group.size))
+            self.moes = MoE.open_all(configs, group)
+            for part, moe in zip(parts, self.moes, strict=True):
+                moe.load(**slots_of(part.experts, interleaved=part.interleaved, restride=alone))
+        except BaseException as error:
+            group.close(error)
+            raise
+        self._group = group
+        weakref.finalize(self, _collected, self.moes[0], group).atexit = False
+
+    def run(self, part: Part, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """One layer's forward for the rows of this rank; ids past the last expert are no choice."""
+        if not self.moes or self.closed:
+            self.open(ids.shape[1])
+        moe = self.moes[part.index]
+        if self.idle:
+            given, x, ids, weights = x, x[:0], ids[:0], weights[:0]
+        if part.index == 0:
+            self._begin(len(x), moe)
+        out = moe(
+            x.to(part.dtype).contiguous(),
+            ids.masked_fill(ids >= moe.config.experts, -1),
+            weights.float().contiguous(),
+            context=None if self._rows is None else ForwardContext(rows=self._rows),
+        )
+        return torch.zeros_like(given) if self.idle else out.to(x.dtype)
+
+    def close(self) -> None:
+        """Local; a later forward raises."""
+        self.closed = True
+        if self._group is not None:
+            _release(self.moes[0], self._group)
+
+    def _begin(self, rows: int, moe: MoE) -> None:
+        """A step of the model begins: who has how many rows, and whether experts should move."""
+        group = self._group
+        if self.balancer is not None:
+            self.balancer.step()
+        if group is None or not self.exchange:
+            return
+        said = group.allgather(
+            rows.to_bytes(8, "little"), what="rows of a step", limit_s=moe.config.stall_s
+        )
+        self._rows = tuple(int.from_bytes(one, "little") for one in said)
+
+    def _config(self, part: Part, choices: int, ranks: int) -> MoEConfig:
+        stored, shape = stored_by(part.experts), shape_of(part.experts)
+        act = activation_of(part.experts, gated=stored.gated)
+        part.interleaved, part.dtype = act.interleaved, shape.dtype
+        if shape.dtype not in DTYPES:
+            raise ValueError(
+                f"experts must be in {' or '.join(map(str, DTYPES))}, got {shape.dtype}"
+            )
+        if shape.slots != part.slots:
+            raise ValueError(
+                f"each rank must hold whole experts ({part.slots} of them), got {shape.slots}: "
+                "ep_size must be fsdp_size * tp_size"
+            )
+        return MoEConfig(
+            experts=shape.slots * ranks,
+            choices=choices,
+            hidden=shape.hidden,
+            inner=shape.inner,
+            dtype=DTYPES[shape.dtype],
+            activation=act.name,
+            clamp=act.clamp,
+            bias=stored.bias,
+            name=f"experts {part.index}",
+            **self.options,
+        )
+
+
+class Part:
+    """One module of experts and its place in the stack.  The module owns it."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, experts: nn.Module, slots: int, stack: Stack) -> None:
+        self._experts, self.stack, self.slots = weakref.ref(experts), stack, slots
+        self.index = len(stack.parts)
+        self.interleaved, self.dtype = False, torch.float32  # known when the stack opens
+        self.number = next(Part._numbers)
+        stack.parts.append(weakref.ref(self))
+        PARTS[self.number] = self
+        vars(experts).update(epmoe_part=self, epmoe_number=self.number)
+        hook: Any = experts.register_state_dict_pre_hook
+        hook(_refuse_to_save)
+
+    @property
+    def experts(self) -> nn.Module:
+        """The module, which lives as long as it is called."""
+        found = self._experts()
+        if found is None:
+            raise EpmoeError(f"layer {self.index}: its model is gone")
+        return found
+
+    def truthful(self) -> bool:
+        """Whether the parameters read as transformers stored them."""
+        stack = self.stack
+        if not stack.moes:
+            return True
+        moved = stack.moes[self.index].epoch > 0 or stack.moes[self.index].moving
+        turned = stored_by(self.experts).transposed and stack.process_group is not None
+        return not (moved or turned)
+
+
+# A compiled graph can carry a number, not an object: this is how the call finds its layer again.
+PARTS: weakref.WeakValueDictionary[int, Part] = weakref.WeakValueDictionary()
+
+
+def part_of(experts: nn.Module) -> Part | None:
+    """The part that this module has been given, if any."""
+    found: Part | None = experts.__dict__.get("epmoe_part")
+    return found
+
+
+def adopt(experts: nn.Module, options: Mapping[str, Any], stack: Stack | None = None) -> Part:
+    """The part of a module whose experts are all here; a stack of its own unless one is given."""
+    part = part_of(experts)
+    if part is None:
+        stack = stack or Stack(options, None, exchange=True)
+        part = Part(experts, shape_of(experts).slots, stack)
+    return part
+
+
+def _release(moe: MoE, group: Group) -> None:
+    moe.close()
+    group.close()
+
+
+def _collected(moe: MoE, group: Group) -> None:
+    """The collector may come in the middle of a trace, where torch would trace ``close`` as well;
+    a thread of its own is in no trace.  At exit the process gives everything back anyway."""
+    thread = threading.Thread(target=_release, args=(moe, group))
+    thread.start()
+    thread.join()
+
+
+def _refuse_to_save(experts: nn.Module, prefix: str, keep_vars: bool) -> None:
+    part = part_of(experts)
+    if part is not None and not part.truthful():
+        raise EpmoeError(
+            f"{prefix or 'experts'}: the parameters are epmoe's slots now, turned or moved to "
+            "other places, and do not read as the checkpoint any more; save before the first "
+            "forward"
+        )
+
+
+def stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of a model, each once, in the order of its modules."""
+    found = (part_of(module) for module in model.modules())
+    return list({id(part.stack): part.stack for part in found if part is not None}.values())
+
+
+def layers(model: nn.Module, *, choices: int | None = None) -> tuple[MoE, ...]:
+    """The ``MoE`` of every layer of experts, opened now if no forward has done it yet.
+
+    Collective where it opens.  Their ``loads()`` and ``placement`` are the model's statistics.
+    ``choices`` per token are read from the model's config (num_experts_per_tok) if not given.
+    Call it before ``torch.compile`` and before a capture: nothing is allocated afterwards.
+    """
+    from epmoe.transformers.hooks import adopt_all  # the hooks know the options
+
+    adopt_all(model)
+    found = stacks(model)
+    if not found:
+        raise ValueError(
+            f"model must have experts that epmoe computes, {type(model).__name__} has none: call "
+            "register() and load it with spread(...)"
+        )
+    for stack in found:
+        if not stack.moes:
+            stack.open(choices or _choices(model))
+    return tuple(moe for stack in found for moe in stack.moes)
+
+
+def balance(model: nn.Module, rule: BalanceRule | None = None) -> tuple[Balancer, ...]:
+    """Let experts move while the model runs; the balancers that do it, one for each heap.
+
+    Collective: opens the layers.  Every forward of the model is a step of the rule.
+    """
+    layers(model)
+    for stack in stacks(model):
+        stack.balancer = Balancer(stack.moes, rule or BalanceRule())
+    return tuple(stack.balancer for stack in stacks(model) if stack.balancer is not None)
+
+
+def close(model: nn.Module) -> None:
+    """Give the heap back.  Local; otherwise it happens when the model is collected."""
+    for stack in stacks(model):
+        stack.close()
+
+
+def ranks_of(stack: Stack) -> int:
+    """Over how many ranks the experts are spread."""
+    return 1 if stack.process_group is None else dist.get_world_size(stack.process_group)
+
+
+def _choices(model: nn.Module) -> int:
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found: int | None = getattr(text, "num_experts_per_tok", None)
+    if found is None:
+        raise ValueError(
+            f"choices must be given: the config of {type(model).__name__} has no "
+            "num_experts_per_tok"
+        )
+    return found

@@ -1,0 +1,49 @@
+"""Text from prompts that lie unevenly on the ranks: all ranks step together until all are done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from epmoe.transformers.layers import ranks_of, stacks
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], *, pad: int = 0, **options: Any
+) -> list[list[int]]:
+    """This rank's prompts, each with what the model wrote behind it; [] for no prompts.
+
+    Collective: every rank calls it, also with no prompt, and goes on taking part in the forwards
+    until the last rank is done.  Prompts are token ids of any length; ``pad`` fills them up on the
+    left.  ``options`` are those of ``model.generate`` and the same on all ranks.
+
+    A rank without prompts feeds the model one token for show: its rows reach no expert and no load.
+    """
+    found = stacks(model)
+    together = any(ranks_of(stack) > 1 for stack in found)
+    given = [list(prompt) for prompt in prompts] or [[pad]]
+    if not all(given):
+        raise ValueError("prompts must have at least one token each, got an empty one")
+    longest = max(map(len, given))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in given], device=model.device)
+    mask = torch.tensor(
+        [[0] * (longest - len(p)) + [1] * len(p) for p in given], device=model.device
+    )
+    for stack in found:
+        stack.idle = not prompts
+    try:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pad_token_id=pad,
+            synced_gpus=together,
+            **options,
+        )
+    finally:
+        for stack in found:
+            stack.idle = False
+    if not prompts:
+        return []
+    return [row[longest - len(p) :].tolist() for row, p in zip(out, given, strict=True)]
