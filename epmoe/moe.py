@@ -115,7 +115,7 @@ class MoE:
                     "weights; call load first"
                 )
             if self._device.type != "cpu":
-                self._rounds[lane].check()
+                self._rounds[lane].check(wait=False)
             self._switch()
             refused = self._refusal(x, ids, weights, context)
             if refused is not None:
@@ -212,7 +212,7 @@ class MoE:
         self._runtime.check()
         with self._runtime.blamed():
             for rounds in self._rounds:
-                rounds.check()
+                rounds.check(wait=True)
 
     def close(self) -> None:
         """Leave and unmap, for every layer on this heap.  Local: waits for nobody."""

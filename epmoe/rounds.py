@@ -37,8 +37,8 @@ class Rounds(Protocol):
     def counted(self) -> Tensor:
         """Rows of every slot of all ranks since this was last asked: int64 on the host."""
 
-    def check(self) -> None:
-        """Raise what has gone wrong on the device since the last call."""
+    def check(self, *, wait: bool) -> None:
+        """Raise what has gone wrong on the device; with ``wait``, in all rounds queued so far."""
 
     def close(self) -> None:
         """Drop every view of the heap."""
@@ -92,7 +92,7 @@ class HostRounds:
         rows_S, self._rows_S = self._rows_S, torch.zeros_like(self._rows_S)
         return rows_S
 
-    def check(self) -> None:
+    def check(self, *, wait: bool) -> None:
         """See ``Rounds``; on the host a fault is raised where it happens."""
 
     def close(self) -> None:
@@ -142,9 +142,13 @@ class CudaRounds:
         rows_S, self._counted = total - self._counted, total
         return rows_S
 
-    def check(self) -> None:
-        """See ``Rounds``."""
+    def check(self, *, wait: bool) -> None:
+        """See ``Rounds``.  Without ``wait`` it reads page-locked memory only: fit for a capture."""
+        if wait:
+            torch.cuda.synchronize()
         self._words.check()
+        if not wait:
+            return
         if bad := int(self.ops.tallies[3]):
             raise ValueError(
                 f"ids: {bad} choices so far were outside -1..{self._config.experts - 1}; they "

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
+from torch.nn import functional
 
 from epmoe.config import MoEConfig
 from epmoe.formats import DTYPE, SlotTensor
-from epmoe.formats.expert import expert
+from epmoe.formats.expert import activate, expert
 
 
 def shared_tensors(config: MoEConfig) -> tuple[SlotTensor, ...]:
@@ -35,8 +36,18 @@ def shared_rows(config: MoEConfig, weights: Mapping[str, Tensor], x_TH: Tensor) 
     """
     if not config.shared_inner:
         return None
+    if x_TH.is_cuda:
+        return _bf16_rows(config, weights, x_TH)
     dense = replace(
         config, format="plain", bias=False, inner=config.shared_inner, weight_in="reduce"
     )
     slot = {name.removeprefix("shared_"): w[None] for name, w in weights.items()}
     return expert(dense, slot, 0, {"rows": x_TH}, x_TH.new_empty(0)).float()
+
+
+def _bf16_rows(config: MoEConfig, weights: Mapping[str, Tensor], x_TH: Tensor) -> Tensor:
+    """On a GPU: gate and up are rounded to bf16 by the library's GEMM, the rest as on the host."""
+    gate = functional.linear(x_TH, weights["shared_w1"]).float()
+    up = functional.linear(x_TH, weights["shared_w3"]).float() if config.gated else None
+    mid = activate(config, gate, up).to(x_TH.dtype)
+    return functional.linear(mid, weights["shared_w2"]).float()

@@ -43,6 +43,7 @@ class DeviceWords:
         self._say = placed.rank["last_words"]
         self._numbers = torch.tensor([1, 0, int(limit_s * 1e9)], device="cuda")
         self._report = torch.zeros(REPORT.size, dtype=torch.uint8).pin_memory()
+        self._seen = self._report.numpy().data
         self._gone = torch.zeros(self.ranks, dtype=torch.int32).pin_memory()
         # A stream of its own: a leave must reach the peers while a kernel of ours still waits.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -92,7 +93,7 @@ class DeviceWords:
 
     def check(self) -> None:
         """Raise what a kernel reported, if one did.  Reads page-locked memory only."""
-        why, rank, kind, round, word_seen, waited = REPORT.unpack(bytes(self._report.tolist()))
+        why, rank, kind, round, word_seen, waited = REPORT.unpack(self._seen)
         if not why:
             return
         if why == DIFFERS:

@@ -71,6 +71,7 @@ class CudaOps:
         self._pull = Launch(self._kernels["pull"], args=both, **moving)  # type: ignore[arg-type]
         self._push = Launch(self._kernels["push"], args=both, **moving)  # type: ignore[arg-type]
         self._gemms: tuple[Launch, ...] = ()
+        self._weights: tuple[Tensor | None, ...] = ()
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """The slots' weights, gate and up interleaved; before the first round and any capture."""
@@ -84,6 +85,7 @@ class CudaOps:
         # Few rows a slot: weights become the 64-row operand.  Rank-identical numbers decide.
         expected = config.max_rows * config.choices * self.ranks / config.places
         tall = 64 if expected <= 32 else 0
+        self._weights = (w1, w2, b1, b2)  # a launch holds addresses only
         self._gemms = (
             grouped_gemm(
                 self.rows,
