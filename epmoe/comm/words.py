@@ -181,7 +181,11 @@ class Words:
     def _loss(self, gone: list[int], kind: int, round: int) -> PeerLost | Evicted:
         causes = []
         for src in gone:
-            if self.seen(LEAVE, src):
+            left = self.seen(LEAVE, src)
+            if left.bit_count() & 1:
+                text = f"the word leave of {self._describe(src)} reads {left:#018x}"
+                causes.append(LastWords("corrupt", (src,), round, text))
+            elif left:
                 causes.append(LastWords.decoded(bytes(self._say[src].tolist()), src))
             else:
                 causes.append(LastWords("exited", (src,), round, "its process ended"))
