@@ -10,7 +10,10 @@ import pytest
 
 from epmoe.cli import tables
 
-SHOW = "from epmoe.cli import tables; tables.show('t [b]', ('', '>n'), [('\\u2588 \\u00b5 [x]', '7')] * {})"
+SHOW = (
+    "from epmoe.cli import tables; "
+    "tables.show('t [b]', ('', '>n'), [('\\u2588 \\u00b5 [x]', '7')] * {})"
+)
 
 
 def shown(lines, **env):
