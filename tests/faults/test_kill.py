@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
-from faults.harness import Board, Traffic, shmem, start, until_it_ends
+from faults.harness import CONFIG, Board, Traffic, shmem, start, until_it_ends
 
 RANKS = 4
 
@@ -68,6 +71,54 @@ def test_two_ranks_are_killed_at_once(traffic):
 def test_all_but_one_are_killed(traffic):
     for seed in range(5):
         schedule(traffic, seed, victims=RANKS - 1)
+
+
+def test_all_are_killed_and_their_memory_comes_back():
+    big = Traffic(RANKS, config=replace(CONFIG, max_rows=4096), steps=1)
+    before = shmem()
+    for _ in range(20):  # 4 slabs of 7 MiB each time
+        board = Board(RANKS)
+        with start(RANKS, lambda rank, board=board: until_it_ends(big, rank, board)) as job:
+            board.wait(1)
+            for pid in job.pids:
+                os.kill(pid, signal.SIGKILL)
+            job.wait(30)
+    assert shmem() - before < 100, "20 x 28 MiB would be 560"
+
+
+def die_of_a_bad_address(moe, number):
+    if number == 5:
+        faulthandler.disable()
+        ctypes.string_at(0)
+
+
+def leave_a_helper_behind_and_die(moe, number):
+    if number == 5:
+        if os.fork() == 0:  # it holds copies of all sockets for longer than anybody may wait
+            time.sleep(3)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("die", [die_of_a_bad_address, leave_a_helper_behind_and_die])
+def test_other_ways_to_die_are_noticed_as_fast(traffic, die):
+    for odd in range(RANKS):
+        board = Board(RANKS)
+
+        def body(rank, odd=odd, board=board):
+            return until_it_ends(traffic, rank, board, act=die if rank == odd else None)
+
+        began = time.monotonic()
+        with start(RANKS, body) as job:
+            outcomes = job.wait(30)
+        for one in outcomes:
+            if one.rank != odd:
+                said = one.result
+                assert (said["error"], said["how"]) == ("PeerLost", "exited"), said
+                assert said["ranks"] == [odd]
+                assert said["wrong"] == 0
+                assert said["left"] == {}
+                assert said["at"] - began < 2, "not before the helper ended"
 
 
 @pytest.mark.night

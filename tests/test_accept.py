@@ -1,0 +1,57 @@
+"""What is accepted is accepted as it is.  What is refused has its cell in test_moe.MISTAKES."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epmoe.accept import check_batch
+from epmoe.config import MoEConfig
+from epmoe.context import ForwardContext
+
+CONFIG = MoEConfig(experts=8, choices=2, hidden=16, inner=8, max_rows=4)
+CPU = torch.device("cpu")
+
+
+def check(rows, context=None, ids=None, ids_dtype=torch.int64, rank=0):
+    ids = torch.full((rows, 2), 7, dtype=ids_dtype) if ids is None else ids
+    x, weights = torch.ones(rows, 16, dtype=torch.bfloat16), torch.ones(rows, 2)
+    check_batch(CONFIG, x, ids, weights, context, rank, 2, CPU)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_any_number_of_rows_up_to_the_limit(rows, dtype):
+    check(rows, ids_dtype=dtype)
+    check(rows, ForwardContext(phase="decode"), ids_dtype=dtype)
+
+
+def test_a_context_with_rows_lifts_the_limit():
+    check(40, ForwardContext(rows=(40, 0)))
+    check(0, ForwardContext(rows=(40, 0)), rank=1)
+    with pytest.raises(ValueError, match="x has 40 rows, max_rows is 4; more rows need a context"):
+        check(40)
+
+
+def test_unused_and_repeated_choices_and_what_is_no_number():
+    check(3, ids=torch.tensor([[-1, -1], [3, 3], [0, 7]]))
+    x = torch.full((2, 16), float("nan"), dtype=torch.bfloat16)
+    weights = torch.tensor([[float("inf"), float("nan")], [-1.0, 0.0]])
+    check_batch(CONFIG, x, torch.zeros(2, 2, dtype=torch.int64), weights, None, 0, 2, CPU)
+
+
+def test_nothing_is_changed():
+    x = torch.ones(2, 16, dtype=torch.bfloat16)
+    ids, weights = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2)
+    before = [t.clone() for t in (x, ids, weights)]
+    check_batch(CONFIG, x, ids, weights, None, 0, 2, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, ids, weights), strict=True))
+
+
+def test_a_parameter_is_taken_where_no_grad_is_asked_for():
+    x = torch.ones(2, 16, dtype=torch.bfloat16, requires_grad=True)
+    batch = (x, torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2), None, 0, 2, CPU)
+    with pytest.raises(ValueError, match="x requires grad"):
+        check_batch(CONFIG, *batch)
+    with torch.no_grad():
+        check_batch(CONFIG, *batch)
