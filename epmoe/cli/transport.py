@@ -68,7 +68,7 @@ class Epmoe:
             self._runtime.placed,
             layer=0,
             lane=0,
-            words=self._runtime.lanes[0].words,
+            words=self._runtime.host_words(0),
             weights={},
             describe=self._runtime.describe,
         )
@@ -92,7 +92,7 @@ class Epmoe:
             with self._clock("push, Y"):
                 ops.push(y, plan, round)
             with self._clock("wait Y"):  # reduce would wait; here it finds all of them
-                turn.words.wait(Y, round, LIMIT_S)
+                self._runtime.host_words(0).wait(Y, round, LIMIT_S)
             self.moved.append(time.perf_counter() - started)
             with self._clock("reduce"):
                 out = ops.reduce(ids, weights, None, round, LIMIT_S)
