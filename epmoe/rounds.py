@@ -110,7 +110,7 @@ class CudaRounds:
 
         words = runtime.lanes[lane].words
         if isinstance(words, Words):
-            raise EpmoeError("rounds on a GPU need a CUDA heap")
+            raise EpmoeError("rounds on a GPU need a device heap")
         self._runtime, self._config, self._words = runtime, runtime.configs[layer], words
         self.ops: CudaOps = CudaOps(
             self._config, runtime.placed, layer=layer, lane=lane, words=words
@@ -127,7 +127,7 @@ class CudaRounds:
     ) -> Tensor:
         """See ``Rounds``.  The round number that counts is the GPU's: graphs replay."""
         if freight is not None:
-            raise EpmoeError("experts cannot move on a CUDA heap yet: place needs a host heap")
+            raise EpmoeError("experts cannot move on a device heap yet: place needs a host heap")
         shared = shared_rows(self._config, self._shared, x)
         out = torch.empty_like(x)
         self.ops.round(x, slots.to(torch.int32), weights, head, out, shared)

@@ -18,7 +18,7 @@ import torch
 
 from epmoe import comm
 from epmoe.comm.group import Group
-from epmoe.comm.heap import Heap
+from epmoe.comm.heap import DeviceHeap, Heap
 from epmoe.comm.layout import Layout, layout
 from epmoe.comm.words import ROUNDS, LastWords, Words
 from epmoe.config import MoEConfig
@@ -72,11 +72,10 @@ class Runtime:
                 describe=self.describe,
                 state_of=self.state_of,
             )
-        from epmoe.comm.cuda import CudaHeap
         from epmoe.comm.device_words import DeviceWords
 
-        if not isinstance(heap, CudaHeap):
-            raise EpmoeError(f"words on a GPU need a CUDA heap, got {type(heap).__name__}")
+        if not isinstance(heap, DeviceHeap):
+            raise EpmoeError(f"words on a GPU need a device heap, got {type(heap).__name__}")
         return DeviceWords(
             heap,
             self.placed,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from epmoe.errors import EpmoeError
-
 if TYPE_CHECKING:
     from epmoe.comm.group import Group
     from epmoe.comm.heap import Heap
@@ -26,4 +24,8 @@ def open_heap(kind: str, group: Group, nbytes: int, *, generation: int, limit_s:
             from epmoe.comm.cuda import CudaHeap
 
             return CudaHeap(group, nbytes, generation=generation, limit_s=limit_s)
-    raise EpmoeError(f"heap {kind!r} is not built yet; this version has: host, cuda")
+        case "nvshmem":
+            from epmoe.comm.nvshmem import NvshmemHeap
+
+            return NvshmemHeap(group, nbytes, generation=generation, limit_s=limit_s)
+    raise ValueError(f"heap must be host, cuda or nvshmem, got {kind!r}")

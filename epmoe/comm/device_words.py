@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from epmoe.comm.cuda import CudaHeap
+from epmoe.comm.heap import DeviceHeap
 from epmoe.comm.layout import Layout
 from epmoe.comm.watch import Watch
 from epmoe.comm.words import HOWS, KINDS, LEAVE, ROUNDS, LastWords, word
@@ -27,7 +27,7 @@ class DeviceWords:
 
     def __init__(
         self,
-        heap: CudaHeap,
+        heap: DeviceHeap,
         placed: Layout,
         lane: int,
         *,

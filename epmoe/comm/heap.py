@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -27,3 +27,17 @@ class Heap(Protocol):
 
     def close(self) -> None:
         """Unmap; local, never waits, may be called twice.  Views must have been dropped."""
+
+
+@runtime_checkable
+class DeviceHeap(Heap, Protocol):
+    """A heap of GPU memory, whatever made it: kernels use ``address``, the host the rest."""
+
+    def address(self, rank: int) -> int:
+        """Where the slab of ``rank`` starts, in this process."""
+
+    def write(self, rank: int, at: int, content: torch.Tensor, stream: int) -> None:
+        """Bytes of the host into a slab, in order on ``stream``."""
+
+    def read(self, rank: int, at: int, nbytes: int) -> bytes:
+        """Bytes of a slab as they stand now, without waiting for kernels."""
