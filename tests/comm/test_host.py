@@ -91,5 +91,5 @@ def test_too_much_is_refused_with_both_sizes_before_it_is_taken():
 
 @ranks(2)
 def test_a_heap_that_is_not_there_is_no_other_heap(rank, group):
-    with pytest.raises(EpmoeError, match="'paper'"):
+    with pytest.raises(ValueError, match="heap must be host, cuda or nvshmem, got 'paper'"):
         open_heap("paper", group, SIZE, generation=1, limit_s=20)

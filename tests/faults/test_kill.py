@@ -8,10 +8,9 @@ import os
 import random
 import signal
 import time
-from dataclasses import replace
 
 import pytest
-from faults.harness import CONFIG, Board, Traffic, shmem, start, until_it_ends
+from faults.harness import Board, Traffic, shmem, start, until_it_ends
 
 RANKS = 4
 
@@ -73,12 +72,15 @@ def test_all_but_one_are_killed(traffic):
         schedule(traffic, seed, victims=RANKS - 1)
 
 
-def test_all_are_killed_and_their_memory_comes_back():
-    big = Traffic(RANKS, config=replace(CONFIG, max_rows=4096), steps=1)
+def test_all_are_killed_and_their_memory_comes_back(traffic):
     before = shmem()
-    for _ in range(20):  # 4 slabs of 7 MiB each time
+    for _ in range(20):
         board = Board(RANKS)
-        with start(RANKS, lambda rank, board=board: until_it_ends(big, rank, board)) as job:
+
+        def body(rank, board=board):  # slabs of 7 MiB
+            return until_it_ends(traffic, rank, board, max_rows=4096)
+
+        with start(RANKS, body) as job:
             board.wait(1)
             for pid in job.pids:
                 os.kill(pid, signal.SIGKILL)
