@@ -79,7 +79,7 @@ clean:  ## remove the environment and everything that tools leave behind
 # an NVIDIA GPU gets the CPU build or a sentence that says what to do, never the other one in silence.
 
 have-run:
-	@$(PY) -c "import torch, numpy, rich, safetensors" || \
+	@$(PY) -c "import torch, numpy, rich" || \
 	  { echo "make: VENV is empty, so nothing is installed: $(PY) must have the modules itself" >&2; exit 1; }
 
 have-test: have-run
