@@ -1,0 +1,189 @@
+"""The fused round against the split verbs, bit for bit, and their times, on one GPU:
+
+python tests/gpu/fused_round.py [--time]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import struct
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from epmoe import MoEConfig
+from epmoe.comm.layout import layout
+from epmoe.kernels.cuda import CudaOps
+from epmoe.kernels.fused import FusedOps
+
+HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
+
+
+class Alone:
+    """The words of a lane whose only rank is this one: a slab, a round number, a limit."""
+
+    ranks = 1
+    rank = 0
+
+    def __init__(self, nbytes, limit_s=4.0):
+        self.slab = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+        self.numbers = torch.tensor([1, 0, int(limit_s * 1e9)], device="cuda")
+        self.report = torch.zeros(32, dtype=torch.uint8).pin_memory()
+        self.gone = torch.zeros(8, dtype=torch.int32).pin_memory()
+
+    def world(self):
+        at = self.numbers.data_ptr()
+        slabs = [self.slab.data_ptr()] + [0] * 7
+        pointers = (at, at + 8, self.report.data_ptr(), self.gone.data_ptr(), at + 16)
+        return struct.pack("<8Q5QII", *slabs, *pointers, 0, 0)
+
+    def said(self):
+        return struct.unpack("<IIIIQQ", self.report.numpy().tobytes())
+
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def weights_of(config, scale=0.03):
+    E, H, inner = config.experts, config.hidden, config.inner
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    w = {
+        "w1": torch.randn(E, inner, H, **bf16) * scale,
+        "w2": torch.randn(E, H, inner, **bf16) * scale,
+    }
+    if config.gated:
+        w["w3"] = torch.randn(E, inner, H, **bf16) * scale
+    if config.bias:
+        w |= {"b1": torch.randn(E, inner, **bf16), "b2": torch.randn(E, H, **bf16)}
+        if config.gated:
+            w["b3"] = torch.randn(E, inner, **bf16)
+    return w
+
+
+def batch(config, rows, kind):
+    x = torch.randn(rows, config.hidden, device="cuda", dtype=torch.bfloat16)
+    ids = torch.rand(rows, config.experts, device="cuda").argsort(1)[:, : config.choices].int()
+    if kind == "one":
+        ids[:] = config.experts // 2
+    if kind == "masked":
+        ids[torch.rand(ids.shape, device="cuda") < 0.4] = -1
+    return x, ids.contiguous(), torch.rand(rows, config.choices, device="cuda")
+
+
+def opened(config, **how):
+    placed = layout([config], 1)
+    words = Alone(placed.total)
+    split = CudaOps(config, placed, layer=0, lane=0, words=words)
+    fused = FusedOps(config, placed, layer=0, lane=0, words=words, **how)
+    weights = weights_of(config)
+    split.adopt(weights)
+    fused.adopt(weights)
+    return words, split, fused
+
+
+def check(config, rounds, **how):
+    torch.manual_seed(1)
+    words, split, fused = opened(config, **how)
+    rng, wrong = random.Random(1), []
+    for i in range(rounds):
+        rows = [0, config.max_rows, rng.randrange(1, config.max_rows), 1][i % 4]
+        kind = rng.choice(["any", "any", "one", "masked"])
+        x, ids, w = batch(config, rows, kind)
+        want, have = torch.empty_like(x), torch.full_like(x, float("nan"))
+        split.round(x, ids, w, HEAD, want)
+        fused.round(x, ids, w, HEAD, have)
+        begun = time.monotonic()
+        torch.cuda.synchronize()
+        if not torch.equal(want, have) or not torch.isfinite(have).all():
+            off = (want != have).any(1).sum().item()
+            wrong.append((i, rows, kind, off, words.said(), f"{time.monotonic() - begun:.1f} s"))
+            if words.said()[0]:
+                break
+    what = (
+        f"{config.activation} E{config.experts} K{config.choices} H{config.hidden} I{config.inner}"
+    )
+    say("wrong" if wrong else "right", what, how, f"{rounds} rounds", wrong[:3])
+    return not wrong
+
+
+def timed(variants, rounds=15):
+    flush = torch.empty(200 << 20, dtype=torch.uint8, device="cuda")
+    taken = {name: [] for name in variants}
+    for turn in range(rounds + 3):
+        for name, run in variants.items():
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(600_000)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            if turn >= 3:
+                taken[name].append(begin.elapsed_time(end) * 1e3)
+    return {name: round(statistics.median(t), 1) for name, t in taken.items()}
+
+
+def times(name, hidden, inner, experts, choices, rows):
+    config = MoEConfig(
+        experts=experts, choices=choices, hidden=hidden, inner=inner, max_rows=rows, heap="cuda"
+    )
+    words, split, fused = opened(config)
+    counted = FusedOps(config, layout([config], 1), layer=0, lane=0, words=words, counted=True)
+    more = FusedOps(
+        config, layout([config], 1), layer=0, lane=0, words=words, counted=True, communicators=16
+    )
+    for ops in (counted, more):
+        ops._weights, ops._maps = fused._weights, b""
+        ops.adopt_maps()
+    x, ids, w = batch(config, rows, "any")
+    out = torch.empty_like(x)
+    variants = {"split": lambda: split.round(x, ids, w, HEAD, out), "gemms": split.ffn}
+    for key, ops in (("fused", fused), ("counted", counted), ("counted 16", more)):
+        variants[key] = lambda ops=ops: ops.round(x, ids, w, HEAD, out)
+    found = timed(variants)
+    say(f"{name} {rows} rows", found, "us; fault", words.said()[0])
+    return {"shape": name, "rows": rows, "us": found}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    small = {
+        "experts": 8,
+        "choices": 2,
+        "hidden": 512,
+        "inner": 256,
+        "max_rows": 700,
+        "heap": "cuda",
+    }
+    good = check(MoEConfig(**small), 8)
+    if good:
+        good &= check(MoEConfig(**small), 12, counted=True)
+        for act in ("gelu", "gpt_oss"):
+            good &= check(MoEConfig(**small, activation=act, bias=True, weight_in="fc2"), 8)
+        wide = {"experts": 64, "choices": 6, "hidden": 2880, "inner": 704, "max_rows": 1500}
+        good &= check(MoEConfig(**wide, heap="cuda"), 8, counted=True, communicators=16)
+        good &= check(MoEConfig(**wide, heap="cuda"), 8, communicators=2)
+    found = []
+    if asked.time and good:
+        for rows in (128, 512, 2048):
+            found.append(times("dsv3", 7168, 2048, 32, 8, rows))
+            torch.cuda.empty_cache()
+        found.append(times("qwen3-30b", 2048, 768, 16, 8, 2048))
+        found.append(times("qwen3-235b", 4096, 1536, 16, 8, 2048))
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1))
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Rounds on GPUs: one body, 1, 2 and 4 ranks as this machine's GPUs allow, over both heaps."""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from epmoe import local
+from epmoe.comm import cuda, nvshmem
+
+HERE = Path(__file__).parent
+MARK = "@@"  # bodies.py
+ALL = (
+    *("heap", "too_large", "answers", "chunks", "graphs", "two_layers", "refused", "bad_ids"),
+    *("bits", "delays"),
+)
+CLOSE = 6e-3  # relative error of bf16 rounding at four places against the oracle's, measured 3e-3
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+both_heaps = pytest.mark.parametrize("heap", ["cuda", "nvshmem"])
+ranks_1_2_4 = pytest.mark.parametrize("ranks", [1, 2, 4])
+
+
+@functools.cache
+def findings(heap, ranks, names=ALL):
+    """``[rank][body]`` → what it found; one start of the ranks for all bodies."""
+    reason = {"cuda": cuda.why_not, "nvshmem": nvshmem.why_not}[heap]()
+    if reason:
+        pytest.skip(f"no {heap} heap: {reason}")
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need as many GPUs")
+    argv = [sys.executable, str(HERE / "bodies.py"), heap, *names]
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    with local.spawn_ranks(ranks, argv, end_others=False, env={"PYTHONPATH": path}) as job:
+        outcomes = job.wait(300)
+    return outcomes, [
+        {
+            f["body"]: f
+            for line in outcome.log.splitlines()
+            if line.startswith(MARK)
+            for f in [json.loads(line.removeprefix(MARK))]
+        }
+        for outcome in outcomes
+    ]
+
+
+def found(heap, ranks, body, names=ALL):
+    """The findings of one body, by rank; fails with what a rank said instead."""
+    outcomes, findings_R = findings(heap, ranks, names)
+    values = []
+    for outcome, findings_of in zip(outcomes, findings_R, strict=True):
+        one = findings_of.get(body, {"error": f"ended with {outcome.code}\n{outcome.log[-3000:]}"})
+        if "error" in one:
+            pytest.fail(f"rank {outcome.rank}: {one['error']}", pytrace=False)
+        values.append(one["value"])
+    return values
+
+
+@both_heaps
+@ranks_1_2_4
+def test_a_slab_is_the_same_bytes_from_every_rank(heap, ranks):
+    for rank, one in enumerate(found(heap, ranks, "heap")):
+        assert one["zeros"]
+        assert one["columns"] == [r + 1 for r in range(ranks)]
+        assert one["read"] == [10 * ((rank - 1) % ranks) + i for i in range(8)]
+        assert (one["length"], one["aligned"], one["generation"]) == ((1 << 20) + 200, True, 3)
+
+
+@both_heaps
+@ranks_1_2_4
+def test_a_heap_that_does_not_fit_is_refused_by_name_on_all_ranks(heap, ranks):
+    for said in found(heap, ranks, "too_large"):
+        assert said.startswith("EpmoeError")
+        assert "4194304.0 MiB" in said
+
+
+@both_heaps
+@ranks_1_2_4
+@pytest.mark.parametrize("shape", ["swiglu", "gpt_oss", "fc2", "relu2", "shared"])
+def test_answers_are_the_oracles_and_the_same_bits_again(heap, ranks, shape):
+    for one in found(heap, ranks, "answers"):
+        worst, differ = one[shape]
+        assert worst < CLOSE
+        assert differ == 0
+
+
+@both_heaps
+@ranks_1_2_4
+def test_more_rows_than_fit_go_in_chunks_and_are_all_counted(heap, ranks):
+    for one in found(heap, ranks, "chunks"):
+        assert one["chunks"] == 3
+        assert one["error"] < CLOSE
+        assert one["loads"] == one["rows"]
+
+
+@both_heaps
+@ranks_1_2_4
+def test_a_graph_replays_an_odd_number_of_times_with_new_inputs(heap, ranks):
+    assert max(found(heap, ranks, "graphs")) < CLOSE
+
+
+@both_heaps
+@ranks_1_2_4
+def test_two_layers_take_turns_on_one_heap(heap, ranks):
+    assert max(found(heap, ranks, "two_layers")) < CLOSE
+
+
+@both_heaps
+@ranks_1_2_4
+def test_a_refused_batch_costs_the_others_nothing(heap, ranks):
+    said, *errors = found(heap, ranks, "refused")
+    assert "rank 0" in said
+    assert "x" in said
+    assert max(errors, default=0.0) < CLOSE
+
+
+@both_heaps
+@ranks_1_2_4
+def test_an_id_that_names_no_expert_is_told_by_check(heap, ranks):
+    for rank, (worst, said) in enumerate(found(heap, ranks, "bad_ids")):
+        assert worst < CLOSE
+        assert ("1 choices so far were outside -1..15" in said) == (rank == 0)
+
+
+@both_heaps
+@ranks_1_2_4
+def test_delays_and_a_busy_gpu_change_no_bit(heap, ranks):
+    assert found(heap, ranks, "delays") == [0] * ranks
+
+
+@both_heaps
+@pytest.mark.night
+@pytest.mark.timeout(900)
+@ranks_1_2_4
+def test_ten_thousand_rounds_change_no_bit(heap, ranks):
+    assert found(heap, ranks, "night_delays", ("night_delays",)) == [0] * ranks
+
+
+def test_ranks_and_heaps_change_no_bit():
+    seen = {}
+    for heap, why_not in (("cuda", cuda.why_not), ("nvshmem", nvshmem.why_not)):
+        for ranks in (1, 2, 4):
+            if not why_not() and ranks <= torch.cuda.device_count():
+                seen[heap, ranks] = found(heap, ranks, "bits")[0]
+    if len(seen) < 2:
+        pytest.skip("one heap on one GPU: nothing to compare")
+    assert len(set(seen.values())) == 1, seen
+
+
+@both_heaps
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_killed_rank_leaves_nan_and_a_named_error_and_living_contexts(heap, ranks):
+    outcomes, findings_R = findings(heap, ranks, ("killed",))
+    assert outcomes[-1].code == -9
+    for outcome, one in list(zip(outcomes, findings_R, strict=True))[:-1]:
+        assert "value" in one.get("killed", {}), outcome.log[-3000:]
+        value = one["killed"]["value"]
+        assert value["how"] == f"exited ({ranks - 1},)"
+        assert value["spent"] < 1.0
+        assert value["nan"]
+        assert value["alive"] == 8.0
