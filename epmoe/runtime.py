@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -194,6 +195,8 @@ class Runtime:
         self.closed = True
         for let_go in self.views:
             let_go()
+        if self.fault is not None:
+            _forget_views(self.fault)
         for lane in self.lanes:
             lane.words.close()
         self.heap.close()
@@ -203,6 +206,15 @@ class Runtime:
         for lane in self.lanes:
             round = lane.next_round() % ROUNDS
             lane.words.leave(LastWords(why.how, why.ranks, round, why.text))
+
+
+def _forget_views(error: BaseException) -> None:
+    """Clear our frames in its traceback: one that was struck in mid-copy holds a view of a slab,
+    which would stay mapped for as long as anybody keeps the error."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith("epmoe."):
+            with suppress(RuntimeError):  # still running: it is on its way out and needs no help
+                frame.clear()
 
 
 def compare(configs: Sequence[MoEConfig], group: Group, limit_s: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from faults.harness import CONFIG, Traffic
+from faults.harness import CONFIG, Traffic, belongings, left_since
 from ranks import ranks
 from sim.draw import draw_config, draw_step, slots_of, weights_of
 from sim.oracle import expected, same
@@ -343,3 +343,16 @@ def test_a_rank_that_is_done_may_leave_while_others_finish(rank, group):
     with three.open(group) as moe:
         right = [three.run(moe, rank, n) for n in range(20)]
     assert all(right)  # nobody waited for anybody before closing
+
+
+@ranks(2)
+def test_an_error_that_is_kept_keeps_no_slab_mapped(rank, group, traffic, monkeypatch):
+    before = belongings()
+    moe = traffic.open(group)
+    monkeypatch.setattr("epmoe.kernels.host.request", lambda *_: 1 // 0)  # a view is in hand there
+    with pytest.raises(ZeroDivisionError) as kept:
+        moe(**batch())
+    monkeypatch.undo()
+    moe.close()
+    assert left_since(before) == {}
+    assert "stage" in [entry.name for entry in kept.traceback]

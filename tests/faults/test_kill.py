@@ -21,7 +21,7 @@ def traffic():
 
 
 def schedule(traffic, seed, victims=1):
-    """Kill ``victims`` random ranks at a random moment; the survivors' reports and delays (s)."""
+    """Kill ``victims`` random ranks at a random moment; seconds until each survivor raised."""
     rng, board = random.Random(seed), Board(RANKS)
     with start(RANKS, lambda rank: until_it_ends(traffic, rank, board)) as job:
         board.wait(1)
@@ -43,15 +43,20 @@ def schedule(traffic, seed, victims=1):
         assert said["wrong"] == 0, (seed, said)
         assert said["left"] == {}, (seed, said)
         assert said["closing"] < 1, (seed, said)
-    return [one.result["at"] - killed for one in survivors]
+    ended = max(outcomes[rank].ended_s for rank in dead)
+    return [(one.result["at"] - killed, one.result["at"] - ended) for one in survivors]
 
 
 def judge(delays):
-    """p99 within 100 ms on a machine that is ours; a core that others share comes round later."""
+    """From kill to raise: p99 within 100 ms, worst within 1 s.
+
+    A killed process needs a core to end, and on a machine that others load it may wait a second for
+    one; there the part that is ours counts, from the end of the process to the raise.
+    """
     others = max(0.0, os.getloadavg()[0] - RANKS) / (os.cpu_count() or 1)
-    delays.sort()
-    assert delays[int(len(delays) * 0.99)] <= 0.100 * (1 + others), (others, delays)
-    assert delays[-1] <= 1.0 * (1 + others), (others, delays)
+    seen = sorted(since_end if others > 0.5 else since_kill for since_kill, since_end in delays)
+    assert seen[int(len(seen) * 0.99)] <= 0.100, (others, seen)
+    assert seen[-1] <= 1.0, (others, seen)
 
 
 def test_a_random_rank_is_killed_a_hundred_times(traffic):

@@ -27,7 +27,7 @@ COUNTS = """            self._counts[peer][self.rank] = ask.counts_RL.view(-1)
 """
 STAGED_WEIGHTS = """        self._weights[self.rank][:rows] = weights_TK
 """
-RESULTS = """            self._results[src].index_copy_(0, plan.cells_R[src], y_NH[plan.plan.source(src)])
+RESULTS = """            self._cells[src][plan.cells_R[src].numpy()] = _items(y_NH[plan.plan.source(src)])
             signals.pause()
 """
 Y_WORD = """            self.words.publish(Y, src, round, 0)
@@ -107,12 +107,12 @@ MUTANTS = (
     host("no wait for Y", ("        self.words.wait(Y, round, limit_s)\n", "")),
     host(
         "results go to another source",
-        ("self._results[src].index", "self._results[src - 1].index"),
+        ("self._cells[src][plan", "self._cells[src - 1][plan"),
     ),
     host("choices are summed in another order", ("in range(choices):", "in range(choices)[::-1]:")),
     host(
         "the cell of an unused choice is read",
-        ("torch.where(slots_TK[:, k, None] >= 0, term, 0.0)", "term"),
+        ("if masked:", "if False:"),
     ),
     host("all lanes use the regions of the first", ("placed.lanes[lane]", "placed.lanes[0]")),
     words(
@@ -153,7 +153,7 @@ MUTANTS = (
     Mutant(
         "an exception is kept from the peers",
         "epmoe.runtime",
-        (("        self._leave(why, {id(lane): lane.round for lane in self.lanes})\n", ""),),
+        (("        self._leave(why)\n", ""),),
     ),
     Mutant(
         "a choice named twice is asked once",
