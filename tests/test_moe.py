@@ -225,8 +225,9 @@ def test_the_callers_modes_change_no_bit(rank, group, traffic, mode, inside):
 
 
 @ranks(2)
-def test_weights_that_require_grad_leave_no_graph_behind(rank, group, traffic):
-    with MoE.open(CONFIG, group) as moe:
+def test_weights_that_require_grad_leave_no_graph_behind(rank, group):
+    traffic = Traffic(2, config=replace(CONFIG, shared_inner=8))
+    with MoE.open(traffic.config, group) as moe:
         tensors = slots_of(traffic.weights, rank, 6)
         with torch.no_grad():
             moe.load(**{name: torch.nn.Parameter(w) for name, w in tensors.items()})
