@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from epmoe.cli import transport
+from epmoe.cli import layer, moving, transport
 from epmoe.cli.machine import machine
 from epmoe.cli.ranks import on_ranks
 from epmoe.cli.tables import Steps, show, show_json, size
 from epmoe.comm.group import Group
-from epmoe.config import MoEConfig
+from epmoe.config import HEAPS, MoEConfig
 
 RANKS = 4
 DETAIL = """\
@@ -26,7 +26,11 @@ Same rows, same experts (uniform, distinct per row), same processes.  They take 
 round, in an order that rotates.  Before each turn all ranks meet; then each rank's own clock
 (perf_counter) runs until its result is there.  A round counts with its slowest rank; the figure is
 the median over the rounds.  Before the first round the results of epmoe and of gloo are compared
-with torch.equal.  The first tenth of the rounds warms up and is not counted."""
+with torch.equal.  The first tenth of the rounds warms up and is not counted.
+
+With --heap cuda or nvshmem, on GPUs: dispatch (stage, pull) and combine (push, reduce) alone,
+beside NCCL's all_to_all_single of the same rows, sorted and counted before the clock starts and
+without the weighted sum.  `epmoe bench layer --help` says how GPUs are timed."""
 
 
 def add(subparsers: Any) -> None:
@@ -52,14 +56,20 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--ranks", type=int, help=f"ranks to start if no launcher did ({RANKS})")
     parser.add_argument("--seed", type=int, default=0, help="of rows and choices (0)")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    parser.add_argument("--heap", default="host", choices=HEAPS, help="GPUs: cuda, nvshmem (host)")
+    layer.add(parts)
 
 
 def main(args: argparse.Namespace) -> int:
     """0 if both gave the same bits; no speed is a failure."""
+    if args.part == "layer":
+        return layer.main(args)
     if args.rounds < 10:
         raise ValueError(f"--rounds must be at least 10, got {args.rounds}")
     if args.ranks is not None and args.ranks < 1:
         raise ValueError(f"--ranks must be at least 1, got {args.ranks}")
+    if args.heap != "host":
+        return moving.main(args)
     config = MoEConfig(
         experts=args.experts,
         choices=args.choices,

@@ -28,10 +28,10 @@ class Gloo:
     def __init__(self, config: MoEConfig, group: Group, rows: int) -> None:
         self._ranks, self._each = group.size, config.slots_per_rank(group.size)
         serve = group.rank == 0
-        store = _store(0, serve=True) if serve else None
+        store = open_store(0, serve=True) if serve else None
         port = str(store.port).encode() if store else b""
         port = group.allgather(port, what="port of the store", limit_s=LIMIT_S)[0]
-        store = store or _store(int(port), serve=False)
+        store = store or open_store(int(port), serve=False)
         dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size)
         kind, cells = DTYPE[config.dtype], rows * config.choices
         self._sorted: Tensor
@@ -99,7 +99,7 @@ class Gloo:
         dist.destroy_process_group()
 
 
-def _store(port: int, *, serve: bool) -> Any:
+def open_store(port: int, *, serve: bool) -> Any:
     """Where gloo's ranks of this machine meet; port 0 takes a free one."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 

@@ -1,0 +1,194 @@
+"""One layer's contestants on GPUs: the same rows and experts; answers compared, then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epmoe.cli.nccl import Nccl, meet
+from epmoe.cli.probes import ask_driver
+from epmoe.cli.race import LIMIT_S, Race, described
+from epmoe.comm.group import Group
+from epmoe.comm.layout import layout
+from epmoe.config import MoEConfig
+from epmoe.errors import EpmoeError
+from epmoe.kernels.gemm import BLOCK
+from epmoe.kernels.ops import VERBS
+from epmoe.moe import MoE
+from epmoe.rounds import CudaRounds
+
+OURS = ("split", "fused")
+PEER = "nccl, grouped_mm"
+APART = 2e-2  # relative: bf16 router weights of the peer and bf16 results on both sides
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """This rank's batch."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    @classmethod
+    def make(cls, config: MoEConfig, group: Group, rows: int, *, skew: float, seed: int) -> Self:
+        """Distinct experts for each row, expert n of a random order with weight 1 / n^skew."""
+        g = torch.Generator(device="cuda").manual_seed(1000 * seed + group.rank)
+        common = torch.Generator().manual_seed(seed)  # the popular experts are those of all ranks
+        order = torch.randperm(config.experts, generator=common).cuda()
+        score_E = -skew * torch.log(1.0 + order)
+        noise = torch.rand(rows, config.experts, generator=g, device="cuda")
+        gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+        ids = (score_E + gumbel).topk(config.choices).indices
+        x = torch.randn(rows, config.hidden, generator=g, device="cuda").bfloat16()
+        weights = torch.rand(rows, config.choices, generator=g, device="cuda")
+        return cls(x, ids, weights / weights.sum(1, keepdim=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What was found for one number of rows; times in microseconds, the same on every rank."""
+
+    us: dict[str, dict[str, float]]
+    verbs: dict[str, dict[str, float]]
+    apart: float  # relative distance of ours and the peer's answer, the largest of all ranks
+    busiest: int  # rows of the rank that got most
+    memory: dict[str, int]  # bytes of this rank's heap and of its work memory
+
+
+def gpus() -> int:
+    """GPUs of this machine; asked in another process, since ranks are forked from this one."""
+    answer = ask_driver()
+    if not answer.get("devices"):
+        raise EpmoeError(f"no GPU here: {answer.get('error', 'the driver knows no device')}")
+    return len(answer["devices"])
+
+
+@contextmanager
+def ready(group: Group) -> Iterator[None]:
+    """A GPU for this rank and torch.distributed among all; undone at the end."""
+    with group.guarded("take a GPU", LIMIT_S):
+        if torch.cuda.device_count() <= group.local_rank:
+            raise EpmoeError(
+                f"rank {group.rank} needs GPU {group.local_rank}, this machine shows "
+                f"{torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(group.local_rank)
+    meet(group)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def weights(config: MoEConfig, group: Group, seed: int) -> dict[str, Tensor]:
+    """Random weights of this rank's slots, of a size that keeps values near 1."""
+    g = torch.Generator(device="cuda").manual_seed(7 + 1000 * seed + group.rank)
+    slots = config.slots_per_rank(group.size)
+
+    def draw(scale: float, *shape: int) -> Tensor:
+        made = torch.empty(slots, *shape, dtype=torch.bfloat16, device="cuda")
+        return made.normal_(0.0, scale, generator=g)
+
+    hidden, inner = config.hidden, config.inner
+    up = {"w1": (inner, hidden)} | ({"w3": (inner, hidden)} if config.gated else {})
+    made = {name: draw(hidden**-0.5, *shape) for name, shape in up.items()}
+    made["w2"] = draw(inner**-0.5, hidden, inner)
+    if config.bias:
+        made |= {name.replace("w", "b"): draw(0.1, inner) for name in up}
+        made["b2"] = draw(0.1, hidden)
+    return made
+
+
+def memory(config: MoEConfig, ranks: int) -> dict[str, int]:
+    """Bytes of one rank: its slab, and the split path's rows, which hold whatever routing sends."""
+    local = config.slots_per_rank(ranks)
+    most = ranks * config.max_rows * min(config.choices, local)
+    pool = -(-(most + local * (BLOCK - 1)) // BLOCK) * BLOCK
+    row = (2 * config.hidden + config.inner) * config.itemsize + 12
+    return {"heap": layout([config], ranks).total, "private": pool * row}
+
+
+def check_memory(config: MoEConfig, ranks: int) -> None:
+    """``EpmoeError`` if weights, heap, work memory and the peer's temporaries do not fit."""
+    local, matrix = config.slots_per_rank(ranks), config.hidden * config.inner * config.itemsize
+    held = local * matrix * (9 if config.gated else 3)  # as loaded, interleaved, joined, one spare
+    passing = config.max_rows * config.choices * config.itemsize
+    passing *= 8 * config.hidden + 6 * config.inner
+    need = held + passing + sum(memory(config, ranks).values())
+    torch.cuda.empty_cache()  # a heap takes its memory from the driver, not from torch
+    free, _ = torch.cuda.mem_get_info()
+    if need > free:
+        raise EpmoeError(
+            f"{config.name} with {config.max_rows} rows on {ranks} ranks needs about "
+            f"{need / 2**30:.0f} GiB of each GPU, {free / 2**30:.0f} GiB are free"
+        )
+
+
+def run(
+    config: MoEConfig,
+    group: Group,
+    held: Mapping[str, Tensor],
+    drawn: Drawn,
+    rounds: int,
+) -> Entry:
+    """Collective: answers compared, then all contestants timed.  ``EpmoeError`` if they differ."""
+    batch = (drawn.x, drawn.ids, drawn.weights)
+    torch.cuda.empty_cache()
+    with MoE.open(config, group) as moe:
+        moe.load(**held)
+        contestants: dict[str, Callable[[], Tensor]] = {
+            "split": partial(moe, *batch),
+            PEER: partial(Nccl(config, group, held), *batch),
+        }
+        answers = {name: call() for name, call in contestants.items()}
+        moe.check()
+        peers = answers[PEER].float()
+        apart = 0.0
+        with group.guarded("compare the answers", LIMIT_S):
+            for name in set(answers) & set(OURS):
+                apart = float((answers[name].float() - peers).norm() / peers.norm())
+                if not apart < APART:
+                    raise EpmoeError(
+                        f"rank {group.rank}: {name} and {PEER} differ by {apart:.2e} (relative)"
+                    )
+        race = Race(group)
+        us = race.run(contestants, rounds)
+        verbs = race.parts({"split": _verbs(moe, config, drawn)}, rounds)
+        moe.check()
+        rounds_of = moe._rounds[0]
+        if not isinstance(rounds_of, CudaRounds):
+            raise EpmoeError(f"config.heap must be of GPU memory, got {config.heap}")
+        came = int(rounds_of.ops.slot_rows.sum())
+        numbers = group.allgather(f"{apart} {came}".encode(), what="results", limit_s=LIMIT_S)
+        said = [tuple(map(float, one.split())) for one in numbers]
+    return Entry(
+        {name: described(times) for name, times in us.items()},
+        {name: described(times) for name, times in verbs.items()},
+        max(one[0] for one in said),
+        int(max(one[1] for one in said)),
+        memory(config, group.size),
+    )
+
+
+def _verbs(moe: MoE, config: MoEConfig, drawn: Drawn) -> tuple[tuple[str, Callable[[], Any]], ...]:
+    """The split path's launches, one by one, in order."""
+    rounds = moe._rounds[0]
+    if not isinstance(rounds, CudaRounds):
+        raise EpmoeError(f"config.heap must be of GPU memory, got {config.heap}")
+    ops, slots, out = rounds.ops, drawn.ids.to(torch.int32), torch.empty_like(drawn.x)
+    head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
+    return (
+        ("stage", partial(ops.stage, drawn.x, slots, drawn.weights, head)),
+        ("pull", ops.pull),
+        ("experts", ops.ffn),
+        ("push", ops.push),
+        ("reduce", partial(ops.reduce, slots, drawn.weights, None, out)),
+    )
