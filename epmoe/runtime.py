@@ -195,6 +195,7 @@ class Runtime:
         self.closed = True
         for let_go in self.views:
             let_go()
+        self.views.clear()  # they hold the lanes' work memory, and the group's watch holds this
         if self.fault is not None:
             _forget_views(self.fault)
         for lane in self.lanes:
