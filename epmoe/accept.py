@@ -90,13 +90,14 @@ def check_placement(
     for name, wanted in (("experts", config.experts), ("slots", config.places), ("ranks", ranks)):
         if getattr(placement, name) != wanted:
             raise ValueError(f"placement must have {wanted} {name}, got {getattr(placement, name)}")
-    if config.freight < PIECE:
+    half = config.freight // 2
+    if half < PIECE:
         raise ValueError(
-            f"freight must be at least {PIECE} bytes for experts to move, got {config.freight}"
+            f"freight must be at least {2 * PIECE} bytes for experts to move, got {config.freight}"
         )
     if budget is not None:
-        if not PIECE <= budget <= config.freight:
-            raise ValueError(f"budget must be in {PIECE}..{config.freight} (freight), got {budget}")
+        if not PIECE <= budget <= half:
+            raise ValueError(f"budget must be in {PIECE}..{half} (half of freight), got {budget}")
         if config.lanes > 1:
             # Rounds of different lanes have no common order: they could not switch together.
             raise ValueError(f"budget needs a layer with one lane, got {config.lanes} lanes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from epmoe.moe import MoE
 from epmoe.sched.balance import max_over_mean, rebalance
@@ -14,17 +15,23 @@ class BalanceRule:
     """When experts move.  Equal on all ranks: every rank decides by itself, and all alike."""
 
     interval: int = 100  # steps between two looks at the loads
+    window: int = 1000  # forwards that a look takes into account
+    decay: float = 1.0  # weight of a forward relative to the next newer one
     threshold: float = 1.1  # max/mean rank load that is good enough to leave things as they are
+    enough: float | None = None  # max/mean at which a plan stops moving slots; see ``rebalance``
     gain: float = 0.05  # a plan must lower max/mean by this much to be worth moving for
     budget: int = 1 << 20  # bytes out of and into a rank per forward while experts move
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"interval must be at least 1, got {self.interval}")
-        if self.threshold < 1:
-            raise ValueError(
-                f"threshold must be at least 1 (perfect balance), got {self.threshold}"
-            )
+        for name in ("interval", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
+        for name in ("threshold", "enough"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1 (perfect balance), got {value}")
         if self.gain < 0:
             raise ValueError(f"gain must be at least 0, got {self.gain}")
 
@@ -33,12 +40,13 @@ class Balancer:
     """Watches the layers of one model and lets them move their experts.
 
     Decisions come from ``MoE.loads``, which are the same numbers on every rank, so no rank ever
-    acts alone; ``MoE.place`` checks that all the same.  A layer that is still moving is left alone:
-    its loads belong to a placement that is about to go.
+    acts alone; ``MoE.place`` checks that all the same.  A layer that is still moving is left alone.
     """
 
     def __init__(self, layers: Sequence[MoE], rule: BalanceRule) -> None:
         self.layers, self.rule = tuple(layers), rule
+        for moe in self.layers:
+            moe.remember(window=rule.window, decay=rule.decay)
         self.steps = 0
         self.moved = 0  # placements asked for so far
 
@@ -57,8 +65,28 @@ class Balancer:
         now = max_over_mean(loads_E, [current])[0]
         if now <= self.rule.threshold:
             return
-        better = rebalance(loads_E, moe.config, current.ranks, current=current)
+        better = rebalance(
+            loads_E, moe.config, current.ranks, current=current, enough=self.rule.enough
+        )
         if now - max_over_mean(loads_E, [better])[0] < self.rule.gain:
             return
         moe.place(better, budget=self.rule.budget)
         self.moved += 1
+
+
+def describe_loads(layers: Sequence[MoE]) -> dict[str, Any]:
+    """What a running job knows, as ``epmoe balance`` reads it: write it with ``json.dump``.
+
+    The layers' loads and placements, a line each, and the ranks; the same on every rank.  Layers
+    must have equally many experts and slots: describe others by themselves.
+    """
+    shapes = {(moe.config.experts, moe.config.places) for moe in layers}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"layers must be at least one, all of as many (experts, slots), got {sorted(shapes)}"
+        )
+    return {
+        "loads": [moe.loads().tolist() for moe in layers],
+        "ranks": layers[0].placement.ranks,
+        "placement": [list(moe.placement.expert_of_S) for moe in layers],
+    }

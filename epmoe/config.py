@@ -38,7 +38,7 @@ class MoEConfig:
     clamp: float = math.inf  # gate <= clamp, -clamp <= up <= clamp, before the activation
     weight_in: str = "reduce"  # where the router weight is applied: reduce | fc2 (before 2nd GEMM)
     shared_inner: int = 0  # inner width of the shared expert that every rank holds; 0 means none
-    freight: int = 1 << 20  # most bytes of slots that one round moves when experts change places
+    freight: int = 1 << 20  # bytes in which moving experts travel, half of it in every round
     lanes: int = 1  # rounds that may be under way at once; each lane has its own regions
     heap: str = "host"  # host | cuda | nvshmem
     stall_s: float = 30.0  # a live peer that publishes nothing for this long is reported

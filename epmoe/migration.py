@@ -1,33 +1,34 @@
 """Moves the bytes of slots between ranks while rounds go on.
 
 A migration rides on the words of lane 0 and adds none.  Before its C a source lays the round's
-parcels into its freight region; between the peers' C and its own Y a target copies its parcels into
-shadows; Y says that the region may be filled again.  When all parcels have arrived, every rank
-copies its shadows over its slots before the same next round: addresses stay, and until then the old
-slots are untouched, so a migration that fails leaves the old placement in force.
+parcels into its freight region; after the peers' C a target copies its parcels into shadows, and
+is done with them before its Y of the next round: the region has two halves.  When all parcels have
+arrived, every rank copies its shadows over its slots, before the same rounds: addresses stay, and
+until then the old slots are untouched, so a migration that fails leaves the old placement in force.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from epmoe.comm.heap import Heap
-from epmoe.comm.layout import Layout
 from epmoe.errors import EpmoeError
 from epmoe.formats import SlotTensor
-from epmoe.sched.freight import Parcel, schedule
+from epmoe.kernels.moving import SUM, Carrier, Checksum, SlotBytes
+from epmoe.sched.freight import PIECE, Parcel, schedule
 from epmoe.sched.moves import Move, moves
 from epmoe.sched.placement import Placement
+from epmoe.sched.steps import steps
 
 
 class Migration:
-    """One layer on its way from one placement to another, as one rank sees it.
+    """One layer on its way from one placement to another, as rank ``rank`` sees it.
 
-    ``declared`` names every per-slot tensor of the format, so whatever the format adds travels too.
+    ``declared`` names every tensor that a slot has, so whatever a format adds travels too.  No
+    round copies more than ``budget`` bytes into or out of this rank, nor a switch, unless experts
+    without a second slot change places in a ring.  ``half`` is the size of half the freight region.
     """
 
     def __init__(
@@ -36,104 +37,142 @@ class Migration:
         new: Placement,
         declared: Sequence[SlotTensor],
         weights: Mapping[str, Tensor],
-        heap: Heap,
-        placed: Layout,
+        carrier: Carrier,
         *,
-        budget: int,
+        rank: int,
+        half: int,
+        budget: int | None,
         verify: bool,
+        settled: Callable[[], None],
     ) -> None:
-        """Takes the moves within this rank at once: they cost a copy and no wire."""
-        self.new, self._verify = new, verify
-        self._declared, self._weights = declared, weights
-        self._heap, self._freight = heap, placed.rank["freight"]
-        self._per_rank, self._first = old.slots_per_rank, heap.rank * old.slots_per_rank
-        slot_bytes = sum(t.nbytes for t in declared)
-        self._sums = slot_bytes if verify else None  # where a slot's checksum follows its bytes
+        """Plans only: no byte is copied before the first round.
+
+        ``settled`` returns when the rounds that were queued are over, or raises what went wrong.
+        """
+        self.new, self._rank, self._carrier, self._half = new, rank, carrier, half
+        self._per_rank, self._first = old.slots_per_rank, rank * old.slots_per_rank
+        self._slots = SlotBytes(declared, weights)
         moved = moves(old, new)
-        self._mine = [m for m in moved if new.rank_of(m.slot) == heap.rank]
-        total = slot_bytes + (4 if verify else 0)
-        self._shadows = {m.slot: torch.empty(total, dtype=torch.uint8) for m in self._mine}
-        for move in self._mine:
-            if old.rank_of(move.source) == heap.rank:
-                self._shadows[move.slot][:] = self._slot(move.source)
-        self._rounds = schedule(moved, old, total, budget)
-        self._outgoing: dict[int, Tensor] = {}
-        self._now = next(self._rounds, None)
+        # Where a slot's checksum follows its bytes; ``total`` is what travels.
+        self._sum_at = -(-self._slots.nbytes // PIECE) * PIECE
+        total = self._sum_at + SUM if verify and self._slots.nbytes else self._slots.nbytes
+        self._mine = {move.slot: move for move in moved if self._is_mine(move.slot)}
+        self._shadows = {slot: carrier.shadow(total) for slot in self._mine}
+        self._sums: dict[int, Checksum] | None = None
+        if verify:  # of the slots that I send or get, by where they go
+            far = (m for m in moved if self._is_mine(m.slot) != self._is_mine(m.source))
+            self._sums = {m.slot: carrier.checksum() for m in far}
+        self._rounds = schedule(moved, old, total, half if budget is None else budget)
+        self._turn = 0
+        self._now = next(self._rounds, None)  # the parcels of the next round
+        # Rounds without parcels that follow: one to land in, one to compare checksums in.
+        self._empty = 0 if self._now is None else 1 + verify
+        at_once = max(1, old.slots if budget is None else budget // max(1, total))
+        self._steps = iter(steps(old, new, at_once))
+        self._next: Placement | None = next(self._steps)
+        self._in_force, self._settled, self._sure = old, settled, False
 
     @property
     def arrived(self) -> bool:
-        """True once the last parcel of every rank has been unloaded: the next round may switch."""
+        """True once every rank has all its parcels: the next forward may switch."""
         return self._now is None
 
+    @property
+    def done(self) -> bool:
+        """True once ``new`` is in force here."""
+        return self._next is None
+
     def load(self) -> None:
-        """Before my C: what others wait for, into my freight region."""
+        """Before my C: what others wait for, into my freight region.
+
+        In the last round of a verified migration nothing travels: a rank that raises here keeps
+        its C, so that no peer can end this round and switch.
+        """
+        if self._now == () and not self._empty and self._sums is not None:
+            self._be_sure()
+            for move in self._mine.values():
+                self._check(move)
         for parcel in self._now or ():
-            if self._is_mine(parcel.source):
-                source = self._outgoing.get(parcel.source)
-                if source is None:
-                    source = self._outgoing[parcel.source] = self._slot(parcel.source)
-                at = self._freight.at + parcel.place
-                self._heap.mine[at : at + parcel.length] = source[
-                    parcel.at : parcel.at + parcel.length
-                ]
+            if self._is_mine(parcel.source) and not self._is_mine(parcel.slot):
+                self._lay_out(parcel)
 
     def unload(self) -> None:
-        """After all C and before my Y: what others laid out for me, into the shadows."""
-        for parcel in self._now or ():
-            if self._is_mine(parcel.slot):
-                self._take(parcel)
-        self._now = next(self._rounds, None)
-        if self.arrived:
-            self._outgoing.clear()
-            for move in self._mine:
-                self._check(move)
+        """After all C: what others laid out for me, and what I have myself, into the shadows."""
+        with self._carrier.fetching():
+            for parcel in self._now or ():
+                if self._is_mine(parcel.slot):
+                    self._take(parcel)
 
-    def switch(self) -> None:
-        """Between rounds, in the same one on every rank: the shadows become the slots."""
-        for move in self._mine:
-            at = 0
-            for tensor in self._declared:
-                slot = self._weights[tensor.name][move.slot - self._first]
-                part = self._shadows[move.slot][at : at + tensor.nbytes]
-                if slot.is_contiguous():
-                    slot.view(-1).view(torch.uint8)[:] = part
-                else:  # rows that lie apart; such a format has one dtype, so ``part`` is aligned
-                    slot.copy_(part.view(tensor.dtype).view(tensor.shape))
-                at += tensor.nbytes
+    def landed(self) -> None:
+        """Before my Y: the peers may fill the half again that they filled a round ago."""
+        self._carrier.landed()
+        self._turn += 1
+        if self._now is not None:
+            self._now = next(self._rounds, None)
+        if self._now is None and self._empty:
+            self._now, self._empty = (), self._empty - 1
+
+    def switch(self) -> Placement:
+        """Between rounds, in the same one on every rank: some shadows, or all, become slots.
+
+        Returns the placement that this puts in force.
+        """
+        if self._next is None:
+            raise EpmoeError("this migration has ended")
+        self._be_sure()
+        before, self._in_force = self._in_force.expert_of_S, self._next
+        for slot in self._in_force.slots_on(self._rank):
+            if before[slot] != self._in_force.expert_of_S[slot]:
+                shadow = self._shadows.pop(slot)
+                if shadow.is_cuda:  # made in the caller's stream of that time
+                    shadow.record_stream(torch.cuda.current_stream())
+                for at, piece in self._slots.pieces(slot - self._first, 0, self._slots.nbytes):
+                    piece.copy_(shadow[at : at + piece.numel()].view(piece.shape))
+        self._next = next(self._steps, None)
+        return self._in_force
+
+    @property
+    def _at(self) -> int:
+        """Where this round's half of the freight region begins."""
+        return self._half * (self._turn % 2)
+
+    def _be_sure(self) -> None:
+        """Garbage that was fetched after a fault must become nobody's weights."""
+        if not self._sure:
+            self._settled()
+        self._sure = True
+
+    def _lay_out(self, parcel: Parcel) -> None:
+        total = self._sums[parcel.slot] if self._sums is not None else None
+        place = self._at + parcel.place - parcel.at
+        for at, piece in self._slots.pieces(parcel.source - self._first, parcel.at, parcel.length):
+            self._carrier.lay_out(place + at, piece)
+            if total is not None:
+                total.add(piece, at)
+        if total is not None and parcel.at + parcel.length > self._sum_at:
+            self._carrier.lay_out(place + self._sum_at, total.value())
 
     def _take(self, parcel: Parcel) -> None:
-        at = self._freight.at + parcel.place
-        slab = self._heap.peer(parcel.source // self._per_rank)
-        self._shadows[parcel.slot][parcel.at : parcel.at + parcel.length] = slab[
-            at : at + parcel.length
-        ]
+        shadow = self._shadows[parcel.slot]
+        if self._is_mine(parcel.source):
+            source = parcel.source - self._first
+            for at, piece in self._slots.pieces(source, parcel.at, parcel.length):
+                shadow[at : at + piece.numel()].view(piece.shape).copy_(piece)
+            return
+        into = shadow[parcel.at : parcel.at + parcel.length]
+        self._carrier.fetch(parcel.source // self._per_rank, self._at + parcel.place, into)
+        if self._sums is not None:
+            bytes_of_slot = into[: max(0, self._slots.nbytes - parcel.at)]
+            self._sums[parcel.slot].add(bytes_of_slot, parcel.at)
 
     def _is_mine(self, slot: int) -> bool:
-        return slot // self._per_rank == self._heap.rank
-
-    def _slot(self, slot: int) -> Tensor:
-        """All bytes of one of my slots, in declared order, and their checksum if asked for."""
-        parts = [
-            self._weights[t.name][slot - self._first].contiguous().view(-1).view(torch.uint8)
-            for t in self._declared
-        ]
-        whole = torch.cat(parts)
-        if not self._verify:
-            return whole
-        return torch.cat([whole, _checksum(whole)])
+        return slot // self._per_rank == self._rank
 
     def _check(self, move: Move) -> None:
-        if self._sums is None:
+        if self._sums is None or self._is_mine(move.source):
             return
-        shadow = self._shadows[move.slot]
-        if not torch.equal(_checksum(shadow[: self._sums]), shadow[self._sums :]):
+        if not torch.equal(self._sums[move.slot].value(), self._shadows[move.slot][self._sum_at :]):
             raise EpmoeError(
-                f"rank {self._heap.rank}: expert {move.expert} arrived damaged from slot "
+                f"rank {self._rank}: expert {move.expert} arrived damaged from slot "
                 f"{move.source} for slot {move.slot}; the old placement stays"
             )
-
-
-def _checksum(whole: Tensor) -> Tensor:
-    return torch.frombuffer(
-        bytearray(zlib.crc32(whole.numpy().data).to_bytes(4, "little")), dtype=torch.uint8
-    )

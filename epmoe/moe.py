@@ -15,15 +15,16 @@ from epmoe.comm.group import Group
 from epmoe.config import MoEConfig
 from epmoe.context import PHASES, ForwardContext
 from epmoe.errors import ConfigMismatch, EpmoeError
-from epmoe.formats import DTYPE, format_of
+from epmoe.formats import DTYPE, SlotTensor, format_of
 from epmoe.formats.declare import agreed_values
 from epmoe.kernels.ops import VERBS
 from epmoe.migration import Migration
 from epmoe.rounds import open_rounds
 from epmoe.runtime import Runtime, agree
 from epmoe.sched.chunks import Chunks, plan_chunks
+from epmoe.sched.freight import PIECE
 from epmoe.sched.loads import Loads
-from epmoe.sched.placement import Placement, choose_slots
+from epmoe.sched.placement import Placement
 from epmoe.shared import shared_tensors
 
 
@@ -72,9 +73,10 @@ class MoE:
     def load(self, **tensors: Tensor) -> None:
         """The tensors of my slots, in the format's declared names; kept, not copied.
 
-        Collective: every rank loads or every rank raises.  Plain weights are ``w1`` (slots, inner,
-        hidden), ``w3`` (if gated), ``w2`` (slots, hidden, inner), biases ``b1``, ``b3``, ``b2``,
-        and ``shared_w1`` and so on without the slot axis.
+        On a GPU gate and up are copied into one tensor, and not kept.  Experts that move are
+        written into what is kept.  Collective: every rank loads or every rank raises.  Plain
+        weights are ``w1`` (slots, inner, hidden), ``w3`` (if gated), ``w2`` (slots, hidden, inner),
+        biases ``b1``, ``b3``, ``b2``, and ``shared_w1`` and so on without the slot axis.
         """
         config, group = self.config, self._runtime.group
         self._runtime.check()
@@ -87,7 +89,8 @@ class MoE:
             facts = {f"layer {self.layer} {name}": repr(value) for name, value in common.items()}
             agree(facts, group, what="scales", limit_s=config.open_s)
         names = {t.name for t in shared}
-        self._weights.update({n: t for n, t in tensors.items() if n not in names})
+        routed = {n: t for n, t in tensors.items() if n not in names}
+        self._weights.update(self._rounds[0].kept(routed))
         self._shared.update({n: t for n, t in tensors.items() if n in names})
         for rounds in self._rounds:
             rounds.adopt()
@@ -108,6 +111,7 @@ class MoE:
         their answers, and raises afterwards.
         """
         runtime = self._runtime
+        self._refuse_capture()
         with runtime.turn(lane) as turn:
             if not self._weights:
                 raise EpmoeError(
@@ -121,7 +125,7 @@ class MoE:
             if refused is not None:
                 x, ids, weights = self._nothing()
                 context = context if isinstance(context, ForwardContext) else None
-            slots, chunks = self._slots(ids), self._chunks(context, len(x))
+            slots, chunks = self._rounds[lane].slots(ids), self._chunks(context, len(x))
             phase = PHASES.index(context.phase) if context is not None else 0
             outs = []
             # Modes of the caller must not reach the arithmetic: parameters with grad, autocast.
@@ -158,8 +162,11 @@ class MoE:
 
         Collective, between rounds.  Without a ``budget`` it returns when the new placement is in
         force.  With one it returns at once and the coming forwards carry at most that many bytes
-        out of and into each rank; all ranks switch at the start of the same forward.  ``verify``
-        sends a checksum with every slot.  A failure leaves the old placement, on every rank.
+        out of and into each rank.  When all has arrived, slots change at the start of the next
+        forwards, the same ones on every rank, again at most that many bytes at a time (or one
+        ring of experts that have no second slot): ``placement`` is legal, and true, all the time.
+        ``verify`` sends a checksum with every slot.  A failure before that leaves the old
+        placement, on every rank; addresses never change.
         """
         config, group, runtime = self.config, self._runtime.group, self._runtime
         runtime.check()
@@ -174,15 +181,18 @@ class MoE:
                 raise ConfigMismatch(
                     f"placement differs between {group.peers[0]} and {group.peers[rank]}"
                 )
+        slots = {n: SlotTensor(n, tuple(t.shape[1:]), t.dtype) for n, t in self._weights.items()}
         self._migration = Migration(
             self.placement,
             placement,
-            format_of(config).tensors(config) if self._weights else (),
+            [slots[name] for name in sorted(slots)],  # the same order on every rank
             self._weights,
-            runtime.heap,
-            runtime.placed,
-            budget=config.freight if budget is None else budget,
+            self._rounds[0].carrier(),
+            rank=group.rank,
+            half=config.freight // 2 // PIECE * PIECE,
+            budget=budget,
             verify=verify,
+            settled=self._rounds[0].settled,
         )
         if budget is None:
             self._move_all()
@@ -195,13 +205,23 @@ class MoE:
     def loads(self) -> Tensor:
         """Rows every logical expert got lately, from all ranks: the same numbers on every rank.
 
-        float64 of length experts, over the last 1,000 forwards that had rows.  Choices of -1 are
+        float64 of length experts, over the last forwards that had rows: 1,000, or what
+        ``remember`` says (on a GPU, one forward is what came between two looks).  Choices of -1 are
         not counted.  Readable at any time; on a GPU this waits for the rounds that are queued.
         """
         if self._device.type != "cpu":
             for lane in range(self.config.lanes):
                 self._count(lane)
         return torch.stack([seen.loads_E for seen in self._seen]).sum(0)
+
+    def remember(self, *, window: int = 1000, decay: float = 1.0) -> None:
+        """How many forwards ``loads`` sums, and how much less the older ones weigh; starts anew.
+
+        The same on every rank, or the ranks' loads differ.
+        """
+        self.loads()
+        new = Loads(experts=self.config.experts, window=window, decay=decay)
+        self._seen = [new for _ in self._seen]
 
     def check(self) -> None:
         """Raise if this layer's heap is closed or unusable, or if a round on the GPU failed.
@@ -238,15 +258,34 @@ class MoE:
         with self._runtime.turn(0) as turn:
             while self._migration is not None and not self._migration.arrived:
                 head = (self.layer, VERBS.index("place"), config.max_rows, 0, 1, 0, self.epoch, 0)
-                self._rounds[0].run(turn, x, ids, weights, head, self._migration)
+                self._rounds[0].run(turn, x, ids.int(), weights, head, self._migration)
             self._switch()
 
     def _switch(self) -> None:
-        """Between forwards: put the new placement in force if all of it has arrived."""
-        if self._migration is not None and self._migration.arrived:
-            self._migration.switch()
-            self.placement, self._migration = self._migration.new, None
-            self.epoch += 1
+        """Between forwards: the next step to the new placement, if all of it has arrived."""
+        if self._migration is None or not self._migration.arrived:
+            return
+        self._all_lanes()
+        self.placement = self._migration.switch()
+        for rounds in self._rounds:
+            rounds.place(self.placement)
+        self._all_lanes()
+        self.epoch += 1
+        if self._migration.done:
+            self._migration = None
+
+    def _all_lanes(self) -> None:
+        """Lanes on streams of their own have no order; a switch comes after all or before all."""
+        if self._device.type != "cpu" and self.config.lanes > 1:
+            torch.cuda.synchronize()
+
+    def _refuse_capture(self) -> None:
+        on_gpu = self._device.type != "cpu" and self._migration is not None
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise EpmoeError(
+                f"rank {self._runtime.group.rank}: layer {self.layer} ({self.config.name}) is "
+                "moving experts: a capture would repeat the copies of one round for ever"
+            )
 
     def _refusal(
         self, x: Tensor, ids: Tensor, weights: Tensor, context: ForwardContext | None
@@ -269,22 +308,13 @@ class MoE:
             torch.empty(0, choices, dtype=torch.float32, device=self._device),
         )
 
-    def _slots(self, ids: Tensor) -> Tensor:
-        if self.epoch == 0 and self.config.places == self.config.experts:
-            return ids  # the linear placement without replicas is the identity
-        return choose_slots(ids, self.placement, rank=self._runtime.group.rank)
-
     def _observe(self, lane: int) -> None:
         """Once per forward on the host; a GPU counts by itself and is asked by ``loads``."""
         if self._device.type == "cpu":
             self._count(lane)
 
     def _count(self, lane: int) -> None:
-        rows_S = self._rounds[lane].counted()
-        expert_of_S = torch.tensor(self.placement.expert_of_S)
-        rows_E = torch.zeros(self.config.experts, dtype=torch.int64)
-        rows_E.scatter_add_(0, expert_of_S, rows_S)
-        self._seen[lane] = self._seen[lane].observe(rows_E)
+        self._seen[lane] = self._seen[lane].observe(self._rounds[lane].counted())
 
     def _chunks(self, context: ForwardContext | None, rows: int) -> Chunks:
         """From rank-identical numbers only; without a context every rank runs one full chunk."""

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from epmoe.comm.device import DeviceSlabs
 from epmoe.comm.words import Words
+from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
+from epmoe.kernels.choose import Chooser
 from epmoe.kernels.host import HostOps
+from epmoe.kernels.moving import Carrier, CudaCarrier, HostCarrier
+from epmoe.kernels.ops import HEAD_FIELDS, VERBS
 from epmoe.migration import Migration
 from epmoe.runtime import Lane, Runtime
+from epmoe.sched.placement import Placement, choose_slots
 from epmoe.shared import shared_rows
 
 if TYPE_CHECKING:
@@ -26,8 +32,20 @@ Freight = Migration | None
 class Rounds(Protocol):
     """What a layer asks of its lane, whatever carries the round out."""
 
+    def kept(self, tensors: Tensors) -> Tensors:
+        """The tensors that slots consist of here, made of those that the format declares.
+
+        They are what a round reads and what travels when experts move.
+        """
+
     def adopt(self) -> None:
-        """The tensors of this rank's slots have been loaded into the mappings it was made with."""
+        """What slots consist of has been put into the mapping that this was made with."""
+
+    def place(self, placement: Placement) -> None:
+        """From the next round on the slots hold this."""
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """One slot for every choice of my rows; -1 stays."""
 
     def run(
         self, turn: Lane, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Freight
@@ -35,7 +53,13 @@ class Rounds(Protocol):
         """One round; my rows' results."""
 
     def counted(self) -> Tensor:
-        """Rows of every slot of all ranks since this was last asked: int64 on the host."""
+        """Rows of every expert, of all ranks, since this was last asked: int64 on the host."""
+
+    def carrier(self) -> Carrier:
+        """What copies freight between the rounds' verbs."""
+
+    def settled(self) -> None:
+        """Returns when all queued rounds are over; raises what went wrong in them."""
 
     def check(self, *, wait: bool) -> None:
         """Raise what has gone wrong on the device; with ``wait``, in all rounds queued so far."""
@@ -62,10 +86,27 @@ class HostRounds:
             describe=runtime.describe,
         )
         self._shared = shared
-        self._rows_S = torch.zeros(self._config.places, dtype=torch.int64)
+        self._rows_E = torch.zeros(self._config.experts, dtype=torch.int64)
+        self.place(linear(runtime, self._config))
+
+    def kept(self, tensors: Tensors) -> Tensors:
+        """See ``Rounds``; the verbs read the slots where the caller keeps them."""
+        return tensors
 
     def adopt(self) -> None:
-        """See ``Rounds``; the verbs read the slots where the caller keeps them."""
+        """See ``Rounds``."""
+
+    def place(self, placement: Placement) -> None:
+        """See ``Rounds``."""
+        self._placement = placement
+        self._expert_of_S = torch.tensor(placement.expert_of_S)
+        self._identity = placement.expert_of_S == tuple(range(placement.experts))
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """See ``Rounds``."""
+        if self._identity:
+            return ids
+        return choose_slots(ids, self._placement, rank=self._runtime.group.rank)
 
     def run(
         self, turn: Lane, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Freight
@@ -81,16 +122,25 @@ class HostRounds:
             freight.unload()
         rows = ops.pull(plan)
         y = ops.ffn(rows, plan)
+        if freight is not None:
+            freight.landed()
         ops.push(y, plan, round)
         out = ops.reduce(slots, weights, shared, round, limit_s)
         turn.round += 1
-        self._rows_S += plan.rows_S
+        self._rows_E.scatter_add_(0, self._expert_of_S, plan.rows_S)
         return out
 
     def counted(self) -> Tensor:
         """See ``Rounds``."""
-        rows_S, self._rows_S = self._rows_S, torch.zeros_like(self._rows_S)
-        return rows_S
+        rows_E, self._rows_E = self._rows_E, torch.zeros_like(self._rows_E)
+        return rows_E
+
+    def carrier(self) -> Carrier:
+        """See ``Rounds``."""
+        return HostCarrier(self._runtime.heap, self._runtime.placed.rank["freight"])
+
+    def settled(self) -> None:
+        """See ``Rounds``; on the host a fault is raised where it happens."""
 
     def check(self, *, wait: bool) -> None:
         """See ``Rounds``; on the host a fault is raised where it happens."""
@@ -116,21 +166,51 @@ class CudaRounds:
             self._config, runtime.placed, layer=layer, lane=lane, words=words
         )
         self._weights, self._shared = weights, shared
+        placement = linear(runtime, self._config)
+        self._chooser = Chooser(self._config, placement, runtime.group.rank)
+        self._expert_of_S = torch.tensor(placement.expert_of_S)
+        # Counts up to a change of placement, and what the slots held until then.
+        self._unread: list[tuple[Tensor, Tensor]] = []
         self._counted = torch.zeros(self._config.places, dtype=torch.int64)
 
-    def adopt(self) -> None:
+    def kept(self, tensors: Tensors) -> Tensors:
         """See ``Rounds``; the kernels' layout is made here, never in a forward."""
+        from epmoe.kernels.cuda import laid_out
+
+        return laid_out(self._config, tensors)
+
+    def adopt(self) -> None:
+        """See ``Rounds``."""
         self.ops.adopt(self._weights)
+
+    def place(self, placement: Placement) -> None:
+        """See ``Rounds``.  Captured graphs choose by it too: the tables stay where they are."""
+        self._unread.append((self.ops.loads.clone(), self._expert_of_S))
+        self._expert_of_S = torch.tensor(placement.expert_of_S)
+        self._chooser.place(placement)
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """See ``Rounds``."""
+        return self._chooser.slots(ids)
 
     def run(
         self, turn: Lane, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Freight
     ) -> Tensor:
         """See ``Rounds``.  The round number that counts is the GPU's: graphs replay."""
-        if freight is not None:
-            raise EpmoeError("experts cannot move on a device heap yet: place needs a host heap")
         shared = shared_rows(self._config, self._shared, x)
         out = torch.empty_like(x)
-        self.ops.round(x, slots.to(torch.int32), weights, head, out, shared)
+        if freight is not None:
+            freight.load()
+        self.ops.stage(x, slots, weights, head)
+        self.ops.pull()
+        if freight is not None:
+            freight.unload()
+        if VERBS[head[HEAD_FIELDS.index("verb")]] != "place":  # which has no rows
+            self.ops.ffn()
+        if freight is not None:
+            freight.landed()
+        self.ops.push()
+        self.ops.reduce(slots, weights, shared, out)
         if turn.round == 1:
             self._words.limit(self._config.stall_s)
         turn.round += 1
@@ -138,9 +218,25 @@ class CudaRounds:
 
     def counted(self) -> Tensor:
         """See ``Rounds``; waits for the GPU."""
-        total = self.ops.loads.cpu()
-        rows_S, self._counted = total - self._counted, total
-        return rows_S
+        rows_E = torch.zeros(self._config.experts, dtype=torch.int64)
+        for loads, expert_of_S in (*self._unread, (self.ops.loads, self._expert_of_S)):
+            total = loads.cpu()
+            rows_E.scatter_add_(0, expert_of_S, total - self._counted)
+            self._counted = total
+        self._unread.clear()
+        return rows_E
+
+    def carrier(self) -> Carrier:
+        """See ``Rounds``."""
+        heap = self._runtime.heap
+        if not isinstance(heap, DeviceSlabs):
+            raise EpmoeError(f"freight on a GPU needs a device heap, got {type(heap).__name__}")
+        return CudaCarrier(heap, self._runtime.placed.rank["freight"])
+
+    def settled(self) -> None:
+        """See ``Rounds``."""
+        torch.cuda.synchronize()
+        self._words.check()
 
     def check(self, *, wait: bool) -> None:
         """See ``Rounds``.  Without ``wait`` it reads page-locked memory only: fit for a capture."""
@@ -157,6 +253,11 @@ class CudaRounds:
 
     def close(self) -> None:
         """See ``Rounds``."""
+
+
+def linear(runtime: Runtime, config: MoEConfig) -> Placement:
+    """What the slots hold when a layer opens."""
+    return Placement.linear(config.experts, config.places, runtime.group.size)
 
 
 def open_rounds(

@@ -1,13 +1,17 @@
 """Drifting traffic on 4 ranks: the balancer keeps the fullest rank near the mean, answers exact."""
 
+import io
+import json
+
 import pytest
 import torch
 from ranks import ranks
 from test_migration import held, integer_weights
 
-from epmoe import Balancer, BalanceRule, MoE, MoEConfig
+from epmoe import Balancer, BalanceRule, MoE, MoEConfig, Placement
+from epmoe.balancer import describe_loads
+from epmoe.cli import balance, loadfile
 from epmoe.reference import reference_moe
-from epmoe.sched.loads import Loads
 
 CONFIG = MoEConfig(
     experts=32,
@@ -47,15 +51,16 @@ def ratios(group, rule):
     weights = integer_weights(CONFIG)
     with MoE.open(CONFIG, group) as moe:
         moe.load(**held(weights, moe.placement, group.rank))
-        moe._seen = [Loads(experts=CONFIG.experts, window=100)]
         balancer = Balancer([moe], rule) if rule else None
-        observed, wrong, rows_R, out = moe._observe, 0, torch.zeros(group.size), []
+        ops, wrong, rows_R, out = moe._rounds[0].ops, 0, torch.zeros(group.size), []
+        wait_plan = ops.wait_plan
 
-        def observe(lane, rows_S):
-            rows_R.add_(rows_S.view(group.size, -1).sum(1))
-            observed(lane, rows_S)
+        def counting(*args):
+            plan = wait_plan(*args)
+            rows_R.add_(plan.rows_S.view(group.size, -1).sum(1))
+            return plan
 
-        moe._observe = observe
+        ops.wait_plan = counting
         for step in range(STEPS):
             batch = batches(step, group.size)
             y = moe(*batch[group.rank])
@@ -75,7 +80,7 @@ def test_drifting_load_is_brought_near_the_mean(rank, group):
     without, wrong = ratios(group, None)
     assert wrong == 0
     assert without[0] >= 1.8
-    rule = BalanceRule(interval=25, threshold=1.03, gain=0.02, budget=1 << 15)
+    rule = BalanceRule(interval=10, window=20, threshold=1.05, gain=0.02, budget=1 << 15)
     balanced, wrong = ratios(group, rule)
     assert wrong == 0
     last = balanced[len(balanced) // 2 :]
@@ -94,7 +99,36 @@ def test_balanced_or_unknown_loads_move_nothing(rank, group):
         assert balancer.moved == 0
 
 
-@pytest.mark.parametrize(("field", "value"), [("interval", 0), ("threshold", 0.9), ("gain", -0.1)])
+@ranks(2)
+def test_a_running_job_says_its_loads_as_the_command_reads_them(rank, group, monkeypatch):
+    with MoE.open(CONFIG, group) as moe:
+        moe.load(**held(integer_weights(CONFIG), moe.placement, rank))
+        ids = torch.arange(64).remainder(5).view(32, 2)
+        moe(torch.zeros(32, 64), ids, torch.ones(32, 2))
+        said = describe_loads([moe, moe])
+        with pytest.raises(ValueError, match=r"layers must be at least one, .* got \[\]"):
+            describe_loads([])
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(said)))
+    given = loadfile.read("-")
+    in_force = balance.in_force(given, None, None)
+    assert in_force == (Placement.linear(32, 40, 2),) * 2
+    one, published, ours = balance.compare(given.loads_NE, in_force)
+    # Experts 0 to 3 have a slot on either rank (32 is expert 0 again), and so has 4.
+    assert one.ratios == (1.0, 1.0)
+    assert (ours.moved, len(published.placements)) == ((0, 0), 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("interval", 0),
+        ("window", 0),
+        ("decay", 0.0),
+        ("threshold", 0.9),
+        ("enough", 0.9),
+        ("gain", -0.1),
+    ],
+)
 def test_a_rule_that_makes_no_sense_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         BalanceRule(**{field: value})

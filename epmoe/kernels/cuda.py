@@ -74,13 +74,11 @@ class CudaOps:
         self._weights: tuple[Tensor | None, ...] = ()
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """The slots' weights, gate and up interleaved; before the first round and any capture."""
+        """The slots' weights, as ``laid_out``; before the first round and any capture."""
         config = self.config
-        w1, w2 = weights["w1"], weights["w2"]
-        b1, b2 = weights.get("b1"), weights.get("b2")
-        if config.gated:
-            w1 = interleave(w1, weights["w3"])
-            b1 = interleave(b1, weights["b3"]) if b1 is not None else None
+        kept = laid_out(config, weights)
+        up = "13" if config.gated else "1"
+        w1, w2, b1, b2 = kept["w" + up], kept["w2"], kept.get("b" + up), kept.get("b2")
         scale = self.scale if config.weight_in == "fc2" else None
         # Few rows a slot: weights become the 64-row operand.  Rank-identical numbers decide.
         expected = config.max_rows * config.choices * self.ranks / config.places
@@ -158,6 +156,19 @@ class CudaOps:
         self.ffn()
         self.push()
         self.reduce(slots, weights, shared, out)
+
+
+def laid_out(config: MoEConfig, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Plain slots as the kernels read them: ``w13`` is w1 and w3 interleaved, ``b13`` likewise.
+
+    What is laid out already comes back as it is.
+    """
+    if not config.gated or "w13" in weights:
+        return weights
+    kept = {"w13": interleave(weights["w1"], weights["w3"]), "w2": weights["w2"]}
+    if config.bias:
+        kept |= {"b13": interleave(weights["b1"], weights["b3"]), "b2": weights["b2"]}
+    return kept
 
 
 def compiled(

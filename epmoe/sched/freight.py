@@ -19,7 +19,8 @@ PIECE = 16  # bytes; parcels start at multiples of it, in the slot and in the fr
 class Parcel:
     """``length`` bytes from byte ``at`` of slot ``source``, for slot ``slot``.
 
-    They lie at byte ``place`` of the freight region of the rank that holds ``source``.
+    They lie at byte ``place`` of the freight of the rank that holds ``source``; if that rank holds
+    ``slot`` too, it copies them and ``place`` means nothing.
     """
 
     slot: int
@@ -32,10 +33,11 @@ class Parcel:
 def schedule(
     moved: Iterable[Move], placement: Placement, slot_bytes: int, budget: int
 ) -> Iterator[tuple[Parcel, ...]]:
-    """The parcels of every round, in order; moves within a rank are not freight.
+    """The parcels of every round, in order; those of one slot travel in ascending order.
 
-    No rank sends more than ``budget`` bytes in a round, and none receives more, so the slowest
-    rank of a round copies a bounded amount whatever the moves are.
+    No rank reads more than ``budget`` bytes of its slots in a round, and none receives more, so the
+    slowest rank of a round copies a bounded amount whatever the moves are.  A round costs time in
+    the parcels it has, not in the moves that wait.
 
     >>> p = Placement(expert_of_S=(0, 1), experts=2, ranks=2)
     >>> for parcels in schedule([Move(0, 1, 1)], p, slot_bytes=40, budget=32): print(parcels)
@@ -45,23 +47,31 @@ def schedule(
     if budget < PIECE:
         raise ValueError(f"budget must be at least {PIECE} bytes, got {budget}")
     budget -= budget % PIECE
-    crossing = [m for m in moved if placement.rank_of(m.source) != placement.rank_of(m.slot)]
-    pending = [(move, 0) for move in crossing] if slot_bytes else []
-    while pending:
-        out_R = [0] * placement.ranks
-        in_R = [0] * placement.ranks
-        parcels, left = [], []
-        for move, at in pending:
-            source, target = placement.rank_of(move.source), placement.rank_of(move.slot)
-            room = budget - max(out_R[source], in_R[target])
-            length = min(slot_bytes - at, room - room % PIECE)
-            if length > 0:
-                parcels.append(Parcel(move.slot, move.source, at, length, out_R[source]))
+    waiting_R: list[list[list[int]]] = [[] for _ in range(placement.ranks)]  # slot, source, at
+    for move in moved if slot_bytes else ():
+        waiting_R[placement.rank_of(move.source)].append([move.slot, move.source, 0])
+    per_rank, first = placement.slots_per_rank, 0
+    while any(waiting_R):
+        in_R = [budget] * placement.ranks  # what each may still receive
+        parcels = []
+        for step in range(placement.ranks):
+            waiting = waiting_R[(first + step) % placement.ranks]
+            out = done = 0
+            for left in waiting:
+                slot, source, at = left
+                target = slot // per_rank
+                length = min(slot_bytes - at, budget - out, in_R[target])
+                if length <= 0:
+                    if out == budget:
+                        break
+                    continue
+                parcels.append(Parcel(slot, source, at, length, out))
                 taken = -(-length // PIECE) * PIECE
-                out_R[source] += taken
-                in_R[target] += taken
-                at += length
-            if at < slot_bytes:
-                left.append((move, at))
-        pending = left
+                out += taken
+                in_R[target] -= taken
+                left[2] = at + length
+                done += left[2] == slot_bytes
+            if done:
+                waiting[:] = [left for left in waiting if left[2] < slot_bytes]
+        first += 1  # who comes first finds all targets free: that shall not be one rank for ever
         yield tuple(parcels)
