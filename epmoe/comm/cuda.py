@@ -59,12 +59,12 @@ class CudaHeap(DeviceSlabs):
         self._addresses.clear()
 
     def _make(self) -> None:
-        device = torch.cuda.current_device()
+        self._device = torch.cuda.current_device()
         torch.empty(1, device="cuda")  # the driver calls below need a current context
         driver = self._driver
         self._where = driver.CUmemLocation()
         self._where.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        self._where.id = device
+        self._where.id = self._device
         kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         props = driver.CUmemAllocationProp()
         props.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED

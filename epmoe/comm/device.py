@@ -21,6 +21,7 @@ class DeviceSlabs:
         self.rank, self.ranks, self.generation = rank, ranks, generation
         self._nbytes = nbytes
         self._addresses: list[int] = []
+        self._device = 0  # mine; a constructor sets it
         self._driver: Any = None
 
     @property
@@ -29,8 +30,16 @@ class DeviceSlabs:
         return self.peer(self.rank)
 
     def peer(self, rank: int) -> torch.Tensor:
-        """The slab of ``rank`` as bytes, on the device where it lies."""
-        return torch.as_tensor(_Span(self._addresses[rank], self._nbytes))
+        """The slab of ``rank`` as bytes, on my device: only its kernels may follow the address.
+
+        (Asked without a device, torch takes the one where the memory lies, and a kernel there
+        faults: each device has been given access to its own rank's mappings only.)
+        """
+        here = torch.device("cuda", self._device)
+        content = torch.as_tensor(_Span(self._addresses[rank], self._nbytes), device=here)
+        if content.data_ptr() != self._addresses[rank]:
+            raise EpmoeError(f"rank {self.rank}: torch {torch.__version__} copied a peer's slab")
+        return content
 
     def address(self, rank: int) -> int:
         """Where the slab of ``rank`` starts, in this process."""

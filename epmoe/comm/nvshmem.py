@@ -49,6 +49,7 @@ class NvshmemHeap(DeviceSlabs):
         self._base = 0  # what NVSHMEM returned; the slab starts at the next multiple of ALIGN
         with group.guarded("find NVSHMEM", limit_s):
             self._driver, self._core, self._bindings = driver(), *_modules()
+            self._device = torch.cuda.current_device()
             torch.empty(1, device="cuda")  # NVSHMEM wants a context, and takes the current one
             self._expect_free(nbytes)
         self._start(group, limit_s)
@@ -120,7 +121,7 @@ class NvshmemHeap(DeviceSlabs):
         said = group.allgather(uid._data.tobytes(), what="NVSHMEM id", limit_s=limit_s)[0]
         uid._data[:] = np.frombuffer(said, dtype=uid._data.dtype)
         with group.guarded("start NVSHMEM", limit_s):
-            here = importlib.import_module("cuda.core").Device(torch.cuda.current_device())
+            here = importlib.import_module("cuda.core").Device(self._device)
             here.set_current()
             self._core.init(device=here, uid=uid, rank=rank, nranks=size, initializer_method="uid")
 

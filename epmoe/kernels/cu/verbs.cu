@@ -22,7 +22,7 @@ struct Private {
     float* scale;     // [pool] router weights, if the second GEMM applies them
     u8* rows;         // [pool, RECORD]
     u8* results;      // [pool, RESULT]
-    u32* staged;      // blocks that have staged their rows, in all rounds
+    u32* staged;      // blocks that have staged their rows in this round
     u32* pushed;      // blocks that have pushed
     u32* reduced;     // blocks that have reduced
     u32* bad;         // choices that named no slot
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(1024) stage(World world, Private mi
     }
     __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0 && await_count(world, mine.staged, (round) * copiers))
+    if (threadIdx.x == 0 && await_count(world, mine.staged, copiers))
         publish(world, WORD_C, peer, round, total);
 }
 
@@ -289,7 +289,9 @@ extern "C" __global__ void __launch_bounds__(256) reduce(World world, Private mi
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        if ((atomicAdd(mine.reduced, 1) + 1) % gridDim.x == 0 && good)
-            *reinterpret_cast<u64*>(world.round) += 1;
+        if ((atomicAdd(mine.reduced, 1) + 1) % gridDim.x == 0) {
+            *mine.staged = 0;  // the lane's rounds are also other layers': they cannot be counted by
+            if (good) *reinterpret_cast<u64*>(world.round) += 1;
+        }
     }
 }
