@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib
+import importlib.util
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +28,7 @@ from epmoe.rounds import CudaRounds
 
 OURS = ("split", "fused")
 PEER = "nccl, grouped_mm"
+FUSED = "epmoe.kernels.fused"
 APART = 2e-2  # relative: bf16 router weights of the peer and bf16 results on both sides
 
 
@@ -119,10 +122,12 @@ def memory(config: MoEConfig, ranks: int) -> dict[str, int]:
 def check_memory(config: MoEConfig, ranks: int) -> None:
     """``EpmoeError`` if weights, heap, work memory and the peer's temporaries do not fit."""
     local, matrix = config.slots_per_rank(ranks), config.hidden * config.inner * config.itemsize
-    held = local * matrix * (9 if config.gated else 3)  # as loaded, interleaved, joined, one spare
+    # As loaded, interleaved for both of ours, joined for the peer, and one that is being made.
+    held = local * matrix * (11 if config.gated else 3)
     passing = config.max_rows * config.choices * config.itemsize
     passing *= 8 * config.hidden + 6 * config.inner
-    need = held + passing + sum(memory(config, ranks).values())
+    ours = memory(config, ranks)
+    need = held + passing + ours["heap"] + 2 * ours["private"]
     torch.cuda.empty_cache()  # a heap takes its memory from the driver, not from torch
     free, _ = torch.cuda.mem_get_info()
     if need > free:
@@ -138,27 +143,25 @@ def run(
     held: Mapping[str, Tensor],
     drawn: Drawn,
     rounds: int,
+    without: Collection[str] = (),
 ) -> Entry:
-    """Collective: answers compared, then all contestants timed.  ``EpmoeError`` if they differ."""
+    """Collective: answers compared, then all contestants timed.  ``EpmoeError`` if they differ.
+
+    Ours must have the same bits; the peer may be ``APART``.
+    """
     batch = (drawn.x, drawn.ids, drawn.weights)
     torch.cuda.empty_cache()
     with MoE.open(config, group) as moe:
         moe.load(**held)
-        contestants: dict[str, Callable[[], Tensor]] = {
-            "split": partial(moe, *batch),
-            PEER: partial(Nccl(config, group, held), *batch),
-        }
+        contestants: dict[str, Callable[[], Tensor]] = {"split": partial(moe, *batch)}
+        with group.guarded("make the contestants", LIMIT_S):
+            if "fused" not in without and importlib.util.find_spec(FUSED) is not None:
+                contestants["fused"] = _fused(moe, config, held, drawn)
+            contestants[PEER] = partial(Nccl(config, group, held), *batch)
         answers = {name: call() for name, call in contestants.items()}
         moe.check()
-        peers = answers[PEER].float()
-        apart = 0.0
         with group.guarded("compare the answers", LIMIT_S):
-            for name in set(answers) & set(OURS):
-                apart = float((answers[name].float() - peers).norm() / peers.norm())
-                if not apart < APART:
-                    raise EpmoeError(
-                        f"rank {group.rank}: {name} and {PEER} differ by {apart:.2e} (relative)"
-                    )
+            apart = _apart(answers, group.rank)
         race = Race(group)
         us = race.run(contestants, rounds)
         verbs = race.parts({"split": _verbs(moe, config, drawn)}, rounds)
@@ -176,6 +179,38 @@ def run(
         int(max(one[1] for one in said)),
         memory(config, group.size),
     )
+
+
+def _apart(answers: Mapping[str, Tensor], rank: int) -> float:
+    """The relative distance of ours and the peer's; ``EpmoeError`` if it is too far, or if ours
+    are not the same bits."""
+    ours, peers = answers["split"], answers[PEER].float()
+    for name in OURS:
+        if name in answers and not torch.equal(answers[name], ours):
+            raise EpmoeError(f"rank {rank}: {name} and split give different bits")
+    apart = float((ours.float() - peers).norm() / peers.norm())
+    if not apart < APART:
+        raise EpmoeError(f"rank {rank}: split and {PEER} differ by {apart:.2e} (relative)")
+    return apart
+
+
+def _fused(
+    moe: MoE, config: MoEConfig, held: Mapping[str, Tensor], drawn: Drawn
+) -> Callable[[], Tensor]:
+    """The fused round on the layer's own lane, between the split ones."""
+    runtime = moe._runtime
+    fused: Any = importlib.import_module(FUSED).FusedOps(
+        config, runtime.placed, layer=0, lane=0, words=runtime.lanes[0].words
+    )
+    fused.adopt(held)
+    head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
+
+    def forward() -> Tensor:
+        out = torch.empty_like(drawn.x)
+        fused.round(drawn.x, drawn.ids.to(torch.int32), drawn.weights, head, out)
+        return out
+
+    return forward
 
 
 def _verbs(moe: MoE, config: MoEConfig, drawn: Drawn) -> tuple[tuple[str, Callable[[], Any]], ...]:

@@ -53,6 +53,7 @@ def add(parts: Any) -> None:
     parser.add_argument("--format", default="bf16", choices=("bf16",), help="of weights and rows")
     parser.add_argument("--skew", type=float, default=0.0, help="of the routing (0: uniform)")
     parser.add_argument("--heap", default="cuda", choices=("cuda", "nvshmem"))
+    parser.add_argument("--without", default="", choices=("", "fused"), help="leave one out")
     parser.add_argument("--rounds", type=int, default=30, help="counted, at least 30 (30)")
     parser.add_argument("--ranks", type=int, help="ranks to start if no launcher did (one a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="of rows, routing, weights (0)")
@@ -96,7 +97,7 @@ def _entries(
     for n in rows:
         at = shape(name, max_rows=n, heap=args.heap, stall_s=20.0, open_s=120.0)
         drawn = Drawn.make(at, group, n, skew=args.skew, seed=args.seed)
-        entry: Entry = contest.run(at, group, weights, drawn, args.rounds)
+        entry: Entry = contest.run(at, group, weights, drawn, args.rounds, (args.without,))
         found = floor(at, group.size, n)
         if group.rank == 0 and args.json != "-":
             us = {who: round(times["median"], 1) for who, times in entry.us.items()}

@@ -176,3 +176,16 @@ def test_json_holds_every_entry(tmp_path, monkeypatch):
     args = type("Args", (), {"json": str(tmp_path / "r.json"), "csv": None, "plot": None})
     layer._publish(made, args)
     assert json.loads((tmp_path / "r.json").read_text()) == made
+
+
+def test_ours_must_have_the_same_bits_and_the_peer_must_be_near():
+    g = torch.Generator().manual_seed(1)
+    y = torch.randn(4, 8, generator=g).bfloat16()
+    near = (y.float() * 1.004).bfloat16()
+    assert 1e-4 < contest._apart({"split": y, "fused": y.clone(), PEER: near}, 0) < 1e-2
+    with pytest.raises(EpmoeError, match="rank 3: fused and split give different bits"):
+        contest._apart({"split": y, "fused": near, PEER: near}, 3)
+    with pytest.raises(EpmoeError, match="rank 0: split and nccl.* differ by"):
+        contest._apart({"split": y, PEER: y.roll(1, 0)}, 0)
+    with pytest.raises(EpmoeError, match="differ by nan"):
+        contest._apart({"split": y, PEER: y * float("nan")}, 0)
