@@ -6,7 +6,7 @@
     where = epmoe.transformers.spread(folder, ranks)
     model = AutoModelForCausalLM.from_pretrained(folder, **where)
 
-``register`` tells transformers two names: ``experts_implementation="epmoe"`` (5.0 and later, one
+``register`` tells transformers two names: ``experts_implementation="epmoe"`` (5.8 and later, one
 rank) and ``ep_implementation="epmoe"`` (5.23 and later, many ranks).  transformers is imported by
 that call, not before.  Forward only: a backward pass raises.
 """

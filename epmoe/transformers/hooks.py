@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def register(*, exchange: bool = True, **options: Any) -> tuple[str, ...]:
             raise ValueError(
                 f"options must be max_rows, freight, stall_s, open_s or heap, got {name}"
             )
-    interface = _require("transformers.integrations.moe", "ExpertsInterface", "5.0")
+    # From 5.0 to 5.6 there is the interface, but a closed list of names beside it.
+    interface = _require("transformers.integrations.moe", "ExpertsInterface", "5.8")
     Registered.options, Registered.exchange = DEFAULTS | options, exchange
     interface.register(NAME, experts_forward)
     try:
@@ -192,10 +194,13 @@ def _require(module: str, name: str, version: str) -> Any:
         import transformers
     except ImportError as error:
         raise EpmoeError("transformers is not installed: pip install 'epmoe[hf]'") from error
-    try:
-        found = __import__(module, fromlist=[name])
-        return getattr(found, name)
-    except (ImportError, AttributeError) as error:
+    here, wanted = (
+        tuple(int(part) for part in text.split(".")[:2])
+        for text in (transformers.__version__, version)
+    )
+    if here < wanted:
         raise EpmoeError(
-            f"transformers {transformers.__version__} has no {name}: this needs {version} or later"
-        ) from error
+            f"transformers {transformers.__version__} has no {name} that can be used here: this "
+            f"needs {version} or later"
+        )
+    return getattr(import_module(module), name)
