@@ -89,7 +89,7 @@ class Migration:
         its C, so that no peer can end this round and switch.
         """
         if self._now == () and not self._empty and self._sums is not None:
-            self._be_sure()
+            self._settled()
             for move in self._mine.values():
                 self._check(move)
         for parcel in self._now or ():
@@ -119,7 +119,9 @@ class Migration:
         """
         if self._next is None:
             raise EpmoeError("this migration has ended")
-        self._be_sure()
+        if not self._sure:  # garbage that was fetched after a fault must become nobody's weights
+            self._settled()
+            self._sure = True
         before, self._in_force = self._in_force.expert_of_S, self._next
         for slot in self._in_force.slots_on(self._rank):
             if before[slot] != self._in_force.expert_of_S[slot]:
@@ -135,12 +137,6 @@ class Migration:
     def _at(self) -> int:
         """Where this round's half of the freight region begins."""
         return self._half * (self._turn % 2)
-
-    def _be_sure(self) -> None:
-        """Garbage that was fetched after a fault must become nobody's weights."""
-        if not self._sure:
-            self._settled()
-        self._sure = True
 
     def _lay_out(self, parcel: Parcel) -> None:
         total = self._sums[parcel.slot] if self._sums is not None else None
