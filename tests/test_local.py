@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sys
@@ -103,14 +104,20 @@ def test_a_failure_that_came_first_stays_first_though_victims_end_before_it():
 
 
 def test_ranks_that_hang_print_their_stacks_and_are_killed():
+    there = mmap.mmap(-1, 2)
+
     def body(rank):
         def waits_for_ever():
+            there[rank] = 1
             time.sleep(30)
 
         waits_for_ever()
 
-    start = time.monotonic()
     with local.fork_ranks(2, body) as job:
+        until = time.monotonic() + 10
+        while there[:] != b"\1\1" and time.monotonic() < until:
+            time.sleep(0.005)
+        start = time.monotonic()
         os.kill(job.pids[1], signal.SIGSTOP)  # a stopped one as well
         outcomes = job.wait(0.3)
     assert time.monotonic() - start < 3
