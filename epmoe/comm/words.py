@@ -37,10 +37,10 @@ def pause(spins: int = 0) -> None:
     after some milliseconds it sleeps, so that a long wait leaves the cores to those who work.
     """
     if spins:
-        if spins < 2000:
+        if spins < 200:
             os.sched_yield()
         else:
-            time.sleep(0.0001)
+            time.sleep(0.00005)
 
 
 def word(round: int, value: int) -> int:
