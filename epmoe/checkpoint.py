@@ -30,7 +30,7 @@ from torch import Tensor
 from epmoe.config import MoEConfig
 from epmoe.formats import format_of, nvfp4
 from epmoe.formats.declare import check_weights
-from epmoe.fused import expect, load_fused
+from epmoe.stacked import expect, load_fused
 from epmoe.shards import Folder
 
 PROJECTIONS = (
