@@ -174,26 +174,16 @@ class MoE:
             check_placement(config, placement, budget, group.size)
             if self._migration is not None:
                 raise ValueError("placement: the layer is on its way to another one already")
+            migration = self._towards(placement, budget, verify)
         asked = json.dumps([placement.expert_of_S, budget, verify]).encode()
+        # Last, so that no rank's next round waits for one that is still making its shadows.
         answers = group.allgather(asked, what="placement", limit_s=config.stall_s)
         for rank, answer in enumerate(answers):
             if answer != answers[0]:
                 raise ConfigMismatch(
                     f"placement differs between {group.peers[0]} and {group.peers[rank]}"
                 )
-        slots = {n: SlotTensor(n, tuple(t.shape[1:]), t.dtype) for n, t in self._weights.items()}
-        self._migration = Migration(
-            self.placement,
-            placement,
-            [slots[name] for name in sorted(slots)],  # the same order on every rank
-            self._weights,
-            self._rounds[0].carrier(),
-            rank=group.rank,
-            half=config.freight // 2 // PIECE * PIECE,
-            budget=budget,
-            verify=verify,
-            settled=self._rounds[0].settled,
-        )
+        self._migration = migration
         if budget is None:
             self._move_all()
 
@@ -250,6 +240,21 @@ class MoE:
         if error is not None and not self._runtime.closed:
             self._runtime.poison(error, self._runtime.lanes[0].next_round())
         self.close()
+
+    def _towards(self, placement: Placement, budget: int | None, verify: bool) -> Migration:
+        slots = {n: SlotTensor(n, tuple(t.shape[1:]), t.dtype) for n, t in self._weights.items()}
+        return Migration(
+            self.placement,
+            placement,
+            [slots[name] for name in sorted(slots)],  # the same order on every rank
+            self._weights,
+            self._rounds[0].carrier(),
+            rank=self._runtime.group.rank,
+            half=self.config.freight // 2 // PIECE * PIECE,
+            budget=budget,
+            verify=verify,
+            settled=self._rounds[0].settled,
+        )
 
     def _move_all(self) -> None:
         """Rounds without rows until everything has arrived; then the switch."""
