@@ -249,7 +249,7 @@ def speed(group):
 
 def copy(group):
     """What the copy engine does by itself: 64 MiB from the next rank, over and over."""
-    with MoE.open(big(2 * group.size, 256 * MIB), group) as moe:
+    with MoE.open(big(8 * group.size, 256 * MIB), group) as moe:
         carrier = moe._rounds[0].carrier()
         into, found = carrier.shadow(64 * MIB), {}
         for size in (1, 4, 16, 64):
