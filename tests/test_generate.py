@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,10 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import ranks, world_of_mpi
-from test_transformers import FAMILIES, load, make, many_ranks, one_rank, torch_ranks
+from test_transformers import (  # noqa: F401  the fixture is for every test
+    FAMILIES,
+    load,
+    make,
+    many_ranks,
+    one_rank,
+    options_of_a_test_are_its_own,
+    torch_ranks,
+)
 
 import epmoe.transformers
-from epmoe import BalanceRule, local
+from epmoe import BalanceRule, Group, local
 from epmoe.transformers.lockstep import _cut
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +94,18 @@ def test_ranks_write_the_same_and_one_has_no_prompt(group, written):
 
 @many_ranks
 @ranks(2)
+def test_a_batch_that_all_ranks_share(group, written):
+    folder, texts = written
+    with torch_ranks(group):
+        for family in ("DeepseekV3Config", "GptOssConfig"):
+            where = epmoe.transformers.spread(folder / family, group.size, shared=True)
+            model = load(folder, family, **where)
+            got = epmoe.transformers.generate(model, PROMPTS, max_new_tokens=NEW, do_sample=False)
+            assert got == texts[family], family
+
+
+@many_ranks
+@ranks(2)
 def test_a_rank_without_prompts_adds_no_load(group, written):
     folder, _ = written
     family = "MixtralConfig"
@@ -113,6 +134,34 @@ def test_experts_move_while_text_is_written(group, written):
         got = epmoe.transformers.generate(model, given, max_new_tokens=NEW, do_sample=False)
         assert got == mine(texts[family], group.rank, group.size)
         assert balancer.moved
+
+
+@many_ranks
+@pytest.mark.skipif(world_of_mpi() > 1, reason="kills its ranks, and mpirun would end the job")
+def test_a_rank_that_dies_while_text_is_written_leaves_nobody_waiting(written):
+    folder, _ = written
+
+    def body(rank):
+        with Group.from_env(limit_s=30) as group, torch_ranks(group):
+            where = epmoe.transformers.spread(folder / "MixtralConfig", 4)
+            model = load(folder, "MixtralConfig", **where)
+            steps = itertools.count()
+
+            def die(*_):
+                if rank == 2 and next(steps) == 10:
+                    os._exit(7)
+
+            model.model.layers[1].mlp.register_forward_pre_hook(die)
+            epmoe.transformers.generate(model, PROMPTS[:2], max_new_tokens=NEW, do_sample=False)
+
+    with local.fork_ranks(4, body, end_others=False) as job:
+        outcomes = job.wait(40)
+    assert outcomes[2].code == 7
+    for rank in (0, 1, 3):
+        assert outcomes[rank].error.type in ("PeerLost", "EpmoeError"), outcomes[rank].log
+        assert "rank 2" in outcomes[rank].error.text
+    ends = [outcome.ended_s for outcome in outcomes]
+    assert max(ends) - ends[2] < 20
 
 
 @one_rank

@@ -37,6 +37,15 @@ many_ranks = pytest.mark.skipif(
     reason="the expert-parallel hook needs transformers 5.23 or later, which is not installed",
 )
 
+
+@pytest.fixture(autouse=True)
+def options_of_a_test_are_its_own():
+    """Under mpirun all tests run in one process."""
+    yield
+    with contextlib.suppress(EpmoeError):
+        epmoe.transformers.register()
+
+
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 64,

@@ -14,7 +14,7 @@ that call, not before.  Forward only: a backward pass raises.
 from __future__ import annotations
 
 from epmoe.transformers.hooks import register, spread
-from epmoe.transformers.layers import balance, close, layers
 from epmoe.transformers.lockstep import generate
+from epmoe.transformers.model import balance, close, layers
 
 __all__ = ["balance", "close", "generate", "layers", "register", "spread"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from epmoe import EpmoeError
-from epmoe.transformers.layers import PARTS, Part, Stack, adopt
+from epmoe.transformers.stack import PARTS, Part, Stack, adopt
 
 NAME = "epmoe"
 OWN_ROWS = "epmoe_own_rows"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from epmoe.transformers.layers import ranks_of, stacks
+from epmoe.transformers.model import stacks
 
 
 def generate(
@@ -23,7 +23,7 @@ def generate(
     A rank without prompts feeds the model one token for show: its rows reach no expert and no load.
     """
     found = stacks(model)
-    together = any(ranks_of(stack) > 1 for stack in found)
+    together = any(stack.ranks > 1 for stack in found)
     given = [list(prompt) for prompt in prompts] or [[pad]]
     if not all(given):
         raise ValueError("prompts must have at least one token each, got an empty one")

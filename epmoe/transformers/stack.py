@@ -1,4 +1,4 @@
-"""The MoE layers of one model: opened together at the first forward, run one after the other."""
+"""Layers of experts that share a heap: opened together at the first forward, run in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from epmoe import Balancer, BalanceRule, EpmoeError, ForwardContext, Group, MoE, MoEConfig
+from epmoe import Balancer, EpmoeError, ForwardContext, Group, MoE, MoEConfig
 from epmoe.transformers.activation import activation_of
 from epmoe.transformers.weights import shape_of, slots_of, stored_by
 
@@ -48,15 +48,17 @@ class Stack:
         try:
             configs: list[MoEConfig] = []
             with group.guarded("reading the experts of a model", OPEN_S):
-                for part in parts:
+                for index, part in enumerate(parts):
+                    part.index = index
                     configs.append(self._config(part, choices, group.size))
-            self.moes = MoE.open_all(configs, group)
-            for part, moe in zip(parts, self.moes, strict=True):
+            moes = MoE.open_all(configs, group)
+            self.closed = True  # until every layer is loaded: half-turned weights are of no use
+            for part, moe in zip(parts, moes, strict=True):
                 moe.load(**slots_of(part.experts, interleaved=part.interleaved, restride=alone))
         except BaseException as error:
             group.close(error)
             raise
-        self._group = group
+        self.moes, self._group, self.closed = moes, group, False
         weakref.finalize(self, _collected, self.moes[0], group).atexit = False
 
     def run(self, part: Part, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -75,6 +77,11 @@ class Stack:
             context=None if self._rows is None else ForwardContext(rows=self._rows),
         )
         return torch.zeros_like(given) if self.idle else out.to(x.dtype)
+
+    @property
+    def ranks(self) -> int:
+        """Over how many ranks the experts are spread."""
+        return 1 if self.process_group is None else dist.get_world_size(self.process_group)
 
     def close(self) -> None:
         """Local; a later forward raises."""
@@ -195,65 +202,3 @@ def _refuse_to_save(experts: nn.Module, prefix: str, keep_vars: bool) -> None:
             "other places, and do not read as the checkpoint any more; save before the first "
             "forward"
         )
-
-
-def stacks(model: nn.Module) -> list[Stack]:
-    """The stacks of a model, each once, in the order of its modules."""
-    found = (part_of(module) for module in model.modules())
-    return list({id(part.stack): part.stack for part in found if part is not None}.values())
-
-
-def layers(model: nn.Module, *, choices: int | None = None) -> tuple[MoE, ...]:
-    """The ``MoE`` of every layer of experts, opened now if no forward has done it yet.
-
-    Collective where it opens.  Their ``loads()`` and ``placement`` are the model's statistics.
-    ``choices`` per token are read from the model's config (num_experts_per_tok) if not given.
-    Call it before ``torch.compile`` and before a capture: nothing is allocated afterwards.
-    """
-    from epmoe.transformers.hooks import adopt_all  # the hooks know the options
-
-    adopt_all(model)
-    found = stacks(model)
-    if not found:
-        raise ValueError(
-            f"model must have experts that epmoe computes, {type(model).__name__} has none: call "
-            "register() and load it with spread(...)"
-        )
-    for stack in found:
-        if not stack.moes:
-            stack.open(choices or _choices(model))
-    return tuple(moe for stack in found for moe in stack.moes)
-
-
-def balance(model: nn.Module, rule: BalanceRule | None = None) -> tuple[Balancer, ...]:
-    """Let experts move while the model runs; the balancers that do it, one for each heap.
-
-    Collective: opens the layers.  Every forward of the model is a step of the rule.
-    """
-    layers(model)
-    for stack in stacks(model):
-        stack.balancer = Balancer(stack.moes, rule or BalanceRule())
-    return tuple(stack.balancer for stack in stacks(model) if stack.balancer is not None)
-
-
-def close(model: nn.Module) -> None:
-    """Give the heap back.  Local; otherwise it happens when the model is collected."""
-    for stack in stacks(model):
-        stack.close()
-
-
-def ranks_of(stack: Stack) -> int:
-    """Over how many ranks the experts are spread."""
-    return 1 if stack.process_group is None else dist.get_world_size(stack.process_group)
-
-
-def _choices(model: nn.Module) -> int:
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found: int | None = getattr(text, "num_experts_per_tok", None)
-    if found is None:
-        raise ValueError(
-            f"choices must be given: the config of {type(model).__name__} has no "
-            "num_experts_per_tok"
-        )
-    return found
