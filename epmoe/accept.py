@@ -113,7 +113,8 @@ def check_weights(
     """Exactly the declared tensors, each with the slots of this rank in front.
 
     A matrix in fp32 or bf16 may be a view whose rows lie apart, as gate and up do that are stored
-    as one tensor: every reader goes row by row.  All else must be contiguous.
+    as one tensor: every reader goes row by row.  All else must be contiguous.  A kernel that needs
+    more says so itself.
     """
     wanted = {t.name: ((slots, *t.shape), t.dtype) for t in declared}
     wanted |= {t.name: (t.shape, t.dtype) for t in shared}
@@ -147,11 +148,22 @@ def _check_tensor(
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got {tensor.dim()}")
-    if not (tensor.is_contiguous() or (rows_apart and tensor.stride(-1) == 1)):
-        whole = "have contiguous rows" if rows_apart else "be contiguous"
+    if not (tensor.is_contiguous() or (rows_apart and _in_rows(tensor))):
+        whole = "have contiguous rows that do not overlap" if rows_apart else "be contiguous"
         raise ValueError(
             f"{name} must {whole}, got strides {tensor.stride()} for shape "
             f"{tuple(tensor.shape)}; nothing is copied in silence"
         )
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad: epmoe computes forward only, use torch.no_grad()")
+
+
+def _in_rows(tensor: Tensor) -> bool:
+    """Whether every row is contiguous and no two share a byte: slots are written to, one by one.
+
+    >>> _in_rows(torch.zeros(2, 6, 4)[:, ::2]), _in_rows(torch.zeros(1, 3, 4).expand(2, 3, 4))
+    (True, False)
+    """
+    _, rows, columns = tensor.shape
+    slot, row, column = tensor.stride()
+    return column == 1 and row >= columns and slot >= (rows - 1) * row + columns

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epmoe.accept import check_batch
+from epmoe.accept import check_batch, check_weights
 from epmoe.config import MoEConfig
 from epmoe.context import ForwardContext
+from epmoe.formats import format_of
 
 CONFIG = MoEConfig(experts=8, choices=2, hidden=16, inner=8, max_rows=4)
 CPU = torch.device("cpu")
@@ -55,3 +56,31 @@ def test_a_parameter_is_taken_where_no_grad_is_asked_for():
         check_batch(CONFIG, *batch)
     with torch.no_grad():
         check_batch(CONFIG, *batch)
+
+
+BOTH = torch.zeros(4, 16, 16, dtype=torch.bfloat16)  # gate and up of 4 slots, as models store them
+WHOLE = torch.zeros(4, 8, 16, dtype=torch.bfloat16)
+
+
+def check_load(w1, w3=WHOLE):
+    w2 = torch.zeros(4, 16, 8, dtype=torch.bfloat16)
+    check_weights(format_of(CONFIG).tensors(CONFIG), (), {"w1": w1, "w3": w3, "w2": w2}, 4, CPU)
+
+
+def test_halves_of_one_stored_tensor_are_taken_as_they_lie():
+    check_load(BOTH[:, :8], BOTH[:, 8:])
+    check_load(BOTH[:, ::2], BOTH[:, 1::2])
+
+
+@pytest.mark.parametrize(
+    "w1",
+    [
+        BOTH.mT[:, :8, ::1],  # columns lie apart
+        WHOLE[:1].expand(4, 8, 16),  # all slots are one
+        WHOLE[:, :1].expand(4, 8, 16),  # all rows are one
+        torch.zeros(4, 16, 32, dtype=torch.bfloat16)[:, ::2, ::2],
+    ],
+)
+def test_rows_that_are_torn_or_shared_are_refused(w1):
+    with pytest.raises(ValueError, match="w1 must have contiguous rows that do not overlap, got"):
+        check_load(w1)
