@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from epmoe.cli import drift
 from epmoe.cli.ranks import on_ranks
 from epmoe.cli.tables import Steps, bar, show, show_json, size
 from epmoe.cli.traffic import Batch, batch, configs, expected, slots_of, weights_of
@@ -91,6 +92,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers that share the heap (4)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    parser.add_argument("--drift", action="store_true", help="wandering hot experts, balanced live")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -99,6 +101,8 @@ def main(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.drift:
+        return drift.main(args)
 
     def body(group: Group) -> int:
         first = group.rank == 0
