@@ -389,6 +389,29 @@ def test_one_graph_on_every_rank(group, folder):
 
 
 @many_ranks
+@ranks(2)
+def test_the_hook_for_one_rank_refuses_experts_that_another_hook_spread(group, folder):
+    family = "Qwen3MoeConfig"
+    with torch_ranks(group):
+        where = epmoe.transformers.spread(folder / family, group.size)
+        where["distributed_config"].ep_implementation = "all_reduce"
+        model = load(folder, family, experts_implementation="epmoe", **where)
+        with pytest.raises(EpmoeError, match='use ep_implementation="epmoe"'):
+            logits(model, batch(0))
+
+
+@many_ranks
+@ranks(2)
+def test_experts_that_epmoe_cannot_compute_are_an_error_on_all_ranks(group, folder):
+    family = "MixtralConfig"
+    with torch_ranks(group):
+        where = epmoe.transformers.spread(folder / family, group.size)
+        model = load(folder, family, hidden_act="tanh", **where)
+        with pytest.raises(ValueError, match="MixtralExperts computes an activation that epmoe"):
+            logits(model, batch(0))
+
+
+@many_ranks
 @ranks(4)
 def test_more_rows_than_a_round_holds(group, folder):
     family = "DeepseekV3Config"

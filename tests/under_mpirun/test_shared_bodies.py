@@ -15,7 +15,12 @@ import pytest
 from ranks import world_of_mpi
 
 ROOT = Path(__file__).parents[2]
-SHARED = ["tests/comm/test_group.py", "tests/comm/test_fds.py"]
+SHARED = [
+    "tests/comm/test_group.py",
+    "tests/comm/test_fds.py",
+    "tests/test_transformers.py",
+    "tests/test_generate.py",
+]
 
 
 def why_not():
