@@ -59,13 +59,13 @@ class CudaOps:
         self.rows = cuda(pool, hidden, dtype=torch.bfloat16)
         self.mid = cuda(pool, inner, dtype=torch.bfloat16)
         self.results = cuda(pool, hidden, dtype=torch.bfloat16)
-        self.tallies = cuda(4, dtype=torch.int32)  # staged, pushed, reduced, bad
+        self.tallies = cuda(5, dtype=torch.int32)  # staged, pushed, reduced, bad, came
         self._kernels = compiled(config, ranks, placed, layer, lane)
         self._world = words.world()
-        tallies = [self.tallies.data_ptr() + 4 * i for i in range(4)]
+        tallies = [self.tallies.data_ptr() + 4 * i for i in range(5)]
         kept = (self.counts, self.slot_rows, self.loads, self.origin, self.scale)
         pools = (self.rows, self.results)
-        self._private = struct.pack("<11Q", *(t.data_ptr() for t in (*kept, *pools)), *tallies)
+        self._private = struct.pack("<12Q", *(t.data_ptr() for t in (*kept, *pools)), *tallies)
         moving = {"grid": (MOVING,), "block": MOVERS * 32, "shared": MOVER_SHARED}
         both = [self._world, self._private]
         self._pull = Launch(self._kernels["pull"], args=both, **moving)  # type: ignore[arg-type]
