@@ -125,7 +125,7 @@ def grouped_gemm(
         maps = [tensor_map(rows, 8), tensor_map(rows, 32), tensor_map(weights, tall)]
     else:
         shared = SHARED_WIDE
-        maps = [tensor_map(rows, 64), tensor_map(weights, 128), tensor_map(out_PN, 64)]
+        maps = [tensor_map(rows, 64), tensor_map(weights, 128), tensor_map(out_PN.unsqueeze(0), 64)]
     grid = processors or processors_of(rows_PK.device.index)
     return Launch(
         kernel,

@@ -80,7 +80,8 @@ def batch(config, rows, kind):
 def opened(config, **how):
     placed = layout([config], 1)
     words = Alone(placed.total)
-    split = CudaOps(config, placed, layer=0, lane=0, words=words)
+    # The split verbs count blocks by round, so each way gets its own rounds.
+    split = CudaOps(config, placed, layer=0, lane=0, words=Alone(placed.total))
     fused = FusedOps(config, placed, layer=0, lane=0, words=words, **how)
     weights = weights_of(config)
     split.adopt(weights)
@@ -135,27 +136,88 @@ def times(name, hidden, inner, experts, choices, rows):
         experts=experts, choices=choices, hidden=hidden, inner=inner, max_rows=rows, heap="cuda"
     )
     words, split, fused = opened(config)
-    counted = FusedOps(config, layout([config], 1), layer=0, lane=0, words=words, counted=True)
-    more = FusedOps(
-        config, layout([config], 1), layer=0, lane=0, words=words, counted=True, communicators=16
-    )
-    for ops in (counted, more):
-        ops._weights, ops._maps = fused._weights, b""
+    placed, others = layout([config], 1), {"counted": {"counted": True}}
+    others["counted 16"] = {"counted": True, "communicators": 16}
+    if rows * choices <= 128 * experts:
+        others["64"] = {"tall": 64}
+        others["64 counted"] = {"tall": 64, "counted": True}
+        others["128"] = {"tall": 128}
+    made = {
+        name: FusedOps(config, placed, layer=0, lane=0, words=words, **how)
+        for name, how in others.items()
+    }
+    for ops in made.values():
+        ops._weights = fused._weights
         ops.adopt_maps()
     x, ids, w = batch(config, rows, "any")
     out = torch.empty_like(x)
     variants = {"split": lambda: split.round(x, ids, w, HEAD, out), "gemms": split.ffn}
-    for key, ops in (("fused", fused), ("counted", counted), ("counted 16", more)):
+    for key, ops in (("fused", fused), *made.items()):
         variants[key] = lambda ops=ops: ops.round(x, ids, w, HEAD, out)
     found = timed(variants)
     say(f"{name} {rows} rows", found, "us; fault", words.said()[0])
     return {"shape": name, "rows": rows, "us": found}
 
 
+SPANS = {
+    13: "stage",
+    14: "wait C",
+    0: "loop",
+    1: "lead",
+    2: "stream",
+    3: "give",
+    4: "arrived",
+    5: "half",
+    6: "feed",
+    7: "tiles",
+    8: "flush",
+    9: "take",
+    10: "fc1",
+    11: "fc2",
+    12: "out",
+    15: "all tiles",
+    16: "find",
+    17: "load",
+    18: "land",
+    19: "store",
+    20: "wait",
+    21: "batches",
+    22: "wait Y",
+    23: "reduce",
+}
+
+
+def traced(name, hidden, inner, experts, choices, rows, **how):
+    config = MoEConfig(
+        experts=experts, choices=choices, hidden=hidden, inner=inner, max_rows=rows, heap="cuda"
+    )
+    words, _, fused = opened(config, trace=True, **how)
+    x, ids, w = batch(config, rows, "any")
+    out = torch.empty_like(x)
+    for _ in range(3):
+        fused.trace.zero_()
+        fused.round(x, ids, w, HEAD, out)
+    torch.cuda.synchronize()
+    comm = how.get("communicators", 8)
+    for who, part in (("movers", fused.trace[:comm]), ("tiles", fused.trace[comm:])):
+        mean, most = part.float().mean(0).tolist(), part.max(0).values.tolist()
+        parts = {
+            s: (
+                round(mean[i] / (1 if i in (7, 21) else 1755)),
+                round(most[i] / (1 if i in (7, 21) else 1755)),
+            )
+            for i, s in SPANS.items()
+            if most[i]
+        }
+        say(f"{name} {rows} {how} {who} us mean, most:", parts)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--narrow", action="store_true")
     asked = parser.parse_args()
     small = {
         "experts": 8,
@@ -165,21 +227,36 @@ def main():
         "max_rows": 700,
         "heap": "cuda",
     }
-    good = check(MoEConfig(**small), 8)
-    if good:
-        good &= check(MoEConfig(**small), 12, counted=True)
+    wide = {
+        "experts": 64,
+        "choices": 6,
+        "hidden": 2880,
+        "inner": 704,
+        "max_rows": 1500,
+        "heap": "cuda",
+    }
+    found: list[dict] = []
+    good = True
+    for tall in (64, 128) if asked.narrow else (0,):
+        good = good and check(MoEConfig(**small), 8, tall=tall)
+        good = good and check(MoEConfig(**small), 12, tall=tall, counted=True)
         for act in ("gelu", "gpt_oss"):
-            good &= check(MoEConfig(**small, activation=act, bias=True, weight_in="fc2"), 8)
-        wide = {"experts": 64, "choices": 6, "hidden": 2880, "inner": 704, "max_rows": 1500}
-        good &= check(MoEConfig(**wide, heap="cuda"), 8, counted=True, communicators=16)
-        good &= check(MoEConfig(**wide, heap="cuda"), 8, communicators=2)
-    found = []
+            config = MoEConfig(**small, activation=act, bias=True, weight_in="fc2")
+            good = good and check(config, 8, tall=tall)
+        good = good and check(MoEConfig(**wide), 8, tall=tall, counted=True, communicators=16)
+        good = good and check(MoEConfig(**wide), 8, tall=tall, communicators=2)
+    if asked.trace and good:
+        if asked.narrow:
+            traced("dsv3", 7168, 2048, 32, 8, 128, tall=64)
+        else:
+            traced("qwen3-30b", 2048, 768, 16, 8, 2048, counted=True)
+            traced("dsv3", 7168, 2048, 32, 8, 2048, counted=True)
     if asked.time and good:
-        for rows in (128, 512, 2048):
-            found.append(times("dsv3", 7168, 2048, 32, 8, rows))
-            torch.cuda.empty_cache()
-        found.append(times("qwen3-30b", 2048, 768, 16, 8, 2048))
-        found.append(times("qwen3-235b", 4096, 1536, 16, 8, 2048))
+        shapes = [("dsv3", 7168, 2048, 32, 8), ("qwen3-30b", 2048, 768, 16, 8)]
+        for shape in (*shapes, ("qwen3-235b", 4096, 1536, 16, 8)):
+            for rows in (16, 64, 128) if asked.narrow else (512, 2048):
+                found.append(times(*shape, rows if shape[3] == 32 else rows // 2))
+                torch.cuda.empty_cache()
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1))
     sys.exit(not good)

@@ -18,8 +18,8 @@ constexpr int TILE_K = 64;
 constexpr int STAGES = 4;
 constexpr int GROUPS = 2;                          // consumer warpgroups
 constexpr int THREADS = (GROUPS + 1) * 128;        // and one whose first warp feeds them
-constexpr int FEED_REGISTERS = 40;                 // 168 at launch; what the feeding group gives
-constexpr int MULTIPLY_REGISTERS = 232;            // back lets epilogues live without spills
+constexpr int FEED_REGISTERS = 56;                 // 168 at launch; what the feeding group gives
+constexpr int MULTIPLY_REGISTERS = 224;            // back lets epilogues live without spills
 constexpr u32 ROW_BYTES = BLOCK * TILE_K * 2;      // of one stage
 constexpr u32 WEIGHT_BYTES = TILE_N * TILE_K * 2;
 constexpr u32 STAGE_BYTES = ROW_BYTES + WEIGHT_BYTES;
@@ -55,9 +55,8 @@ inline void ring_init(u32 base) {
 }
 
 // Feeds one tile of `steps` stages.  One thread.
-template <int steps>
 inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
-                 u32 rank) {
+                 u32 rank, int steps) {
     const int row = tile.block * BLOCK, column = tile.column * TILE_N;
     for (int k = 0; k < steps; ++k, ring.next()) {
         bar_wait(ring.empty(), ring.phase ^ 1);
@@ -84,11 +83,20 @@ inline void release(u32 empty) {
     if (lane_index() < 2) bar_arrive_at(empty, lane_index());
 }
 
+// Called before the first wait of a tile that would block, else after its second step: the time to
+// see to what an earlier tile left behind.  A GEMM alone has nothing to do then.
+struct Nothing {
+    inline void operator()() const {}
+};
+
 // Multiplies one tile into `sums`; warpgroup `group` has rows 64 * group .. + 63.
-template <int steps>
-inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group) {
+template <typename Between>
+inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps, Between between) {
     u32 before = 0;
+    const bool late = !bar_test(ring.full(), ring.phase);
+    if (late) between();
     for (int k = 0; k < steps; ++k, ring.next()) {
+        if (k == 2 && !late) between();
         bar_wait(ring.full(), ring.phase);
         const u64 a = tile_descriptor(ring.rows() + group * (ROW_BYTES / 2));
         const u64 b = tile_descriptor(ring.weights());
@@ -108,8 +116,7 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group) {
 }
 
 // A warpgroup without live rows in this tile only keeps the ring turning.
-template <int steps>
-inline void skip(Ring& ring) {
+inline void skip(Ring& ring, int steps) {
     for (int k = 0; k < steps; ++k, ring.next()) {
         bar_wait(ring.full(), ring.phase);
         release(ring.empty());

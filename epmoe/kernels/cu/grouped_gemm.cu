@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const Tile tile = wide_tile<SLOTS, COLUMNS>(before, t, rank);
-            if (!tile.none && lane_index() == 0) feed<K_STEPS>(ring, rows, weights, tile, rank);
+            if (!tile.none && lane_index() == 0) feed(ring, rows, weights, tile, rank, K_STEPS);
             __syncwarp();
         }
         if (feeds && rank == 0 && lane_index() == 0) order.finish();
@@ -50,11 +50,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const int row = tile.block * BLOCK + group * 64;
             const int live = min(64, counts[tile.slot] - (row - before[tile.slot] * BLOCK));
             if (live <= 0) {
-                skip<K_STEPS>(ring);
+                skip(ring, K_STEPS);
                 continue;
             }
             float sums[TILE_N / 2];
-            multiply<K_STEPS>(ring, sums, group);
+            multiply(ring, sums, group, K_STEPS, Nothing());
             write_out<ACT, BIAS, SCALE>(sums, out, results, staging, tile.slot, row, live, tile.column,
                                         group);
         }
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const NarrowTile n = narrow_tile<SLOTS, TILES>(chunks, blocks, counts, t);
-            if (lane_index() == 0) feed<TALL, K_STEPS>(ring, few, many, weights, n);
+            if (lane_index() == 0) feed(ring, few, many, weights, n, K_STEPS);
             __syncwarp();
         }
         if (feeds && lane_index() == 0) order.finish();
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (TALL == 64 && turn++ % 2 != group)
                 ring.jump(K_STEPS);
             else
-                narrow_run<ACT, BIAS, SCALE, TALL, K_STEPS>(ring, out, staging, n, group);
+                narrow_run<ACT, BIAS, SCALE>(ring, out, staging, n, group, K_STEPS);
         }
     }
 }

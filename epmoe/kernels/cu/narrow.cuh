@@ -65,9 +65,9 @@ inline NarrowTile narrow_tile(const int* chunks, const int* blocks, const int* c
 }
 
 // Rows are fetched in boxes of 8 (`few`) or 32 (`many`), so that 5 rows do not cost 64.
-template <int tall, int steps>
+template <int tall>
 inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many,
-                 const TensorMap& weights, const NarrowTile& n) {
+                 const TensorMap& weights, const NarrowTile& n, int steps) {
     const int wide = n.live <= 8 ? 8 : n.live <= 16 ? 16 : n.live <= 32 ? 32 : 64;
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
         bar_wait(ring.empty(), ring.phase ^ 1);
@@ -89,8 +89,8 @@ inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many
     }
 }
 
-template <int tall, int steps, int wide>
-inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group) {
+template <int tall, int wide>
+inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group, int steps) {
     u32 before = 0;
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
         bar_wait(ring.full(), ring.phase);
@@ -160,20 +160,20 @@ inline void write_narrow(float (&sums)[wide / 2], const Out& out, u32 staging, c
     }
 }
 
-template <Act act, bool biased, bool scaled, int tall, int steps, int wide>
+template <Act act, bool biased, bool scaled, int wide, int tall>
 inline void narrow_as(Narrow<tall>& ring, const Out& out, u32 staging, const NarrowTile& n,
-                      int left, u32 group) {
+                      int left, u32 group, int steps) {
     float sums[wide / 2];
     if (tall == 64) turn_wait(TURN + group);
-    multiply<tall, steps, wide>(ring, sums, group);
+    multiply<tall, wide>(ring, sums, group, steps);
     if (tall == 64) turn_give(TURN + 1 - group);
     write_narrow<act, biased, scaled, wide>(sums, out, staging, n, left, group);
 }
 
 // Multiplies and writes one tile, as narrow as its rows allow.
-template <Act act, bool biased, bool scaled, int tall, int steps>
+template <Act act, bool biased, bool scaled, int tall>
 inline void narrow_run(Narrow<tall>& ring, const Out& out, u32 staging, const NarrowTile& n,
-                       u32 group) {
+                       u32 group, int steps) {
     const int left = n.tile * tall + (tall == 128 ? group * 64 : 0);
     if (left >= out.width * (gated(act) ? 2 : 1)) {  // the weights ended in the middle of the tile
         for (int k = 0; k < steps; ++k, ring.jump(1)) {
@@ -181,12 +181,12 @@ inline void narrow_run(Narrow<tall>& ring, const Out& out, u32 staging, const Na
             if (lane_index() == 0) bar_arrive(ring.empty());
         }
     } else if (n.live <= 8) {
-        narrow_as<act, biased, scaled, tall, steps, 8>(ring, out, staging, n, left, group);
+        narrow_as<act, biased, scaled, 8>(ring, out, staging, n, left, group, steps);
     } else if (n.live <= 16) {
-        narrow_as<act, biased, scaled, tall, steps, 16>(ring, out, staging, n, left, group);
+        narrow_as<act, biased, scaled, 16>(ring, out, staging, n, left, group, steps);
     } else if (n.live <= 32) {
-        narrow_as<act, biased, scaled, tall, steps, 32>(ring, out, staging, n, left, group);
+        narrow_as<act, biased, scaled, 32>(ring, out, staging, n, left, group, steps);
     } else {
-        narrow_as<act, biased, scaled, tall, steps, 64>(ring, out, staging, n, left, group);
+        narrow_as<act, biased, scaled, 64>(ring, out, staging, n, left, group, steps);
     }
 }

@@ -15,7 +15,7 @@ struct Shares {
     u32 next, done;
 };
 
-// Readers of an id: every consumer warp and the feeding warp of every CTA.
+// Readers of an id: `consumers` warps and the feeding warp of every CTA.
 template <int ctas, int consumers>
 inline void order_init(u32 at) {
     for (u32 i = 0; i < IDS; ++i) {
@@ -55,6 +55,32 @@ struct Order {
         if (lane_index() == 0) bar_arrive_at(empty, 0);
         if (++slot == IDS) slot = 0, phase ^= 1;
         return id;
+    }
+
+    // For feeding warps only: the id that the first CTA of the cluster chose for both, `all` when
+    // there is no more or when `stop` says so.  Stopping is decided in one place, because a CTA
+    // that stops alone would leave the other without its half of what they share.
+    template <typename Stop>
+    inline u32 lead(u32 clusters, u32 cluster, u32 all, Stop stop) {
+        const u32 full = at + 16 * slot, empty = full + 8, word = at + 16 * IDS + 4 * slot;
+        const u32 leader = ctas == 1 ? cluster_rank() : 0;  // a lone CTA may sit in a cluster too
+        if (lane_index() == 0) {
+            bar_expect(full, 4);
+            if (cluster_rank() == leader) {
+                bar_wait(empty, phase ^ 1);
+                id = counted ? atomicAdd(&shares->next, 1) : begun ? id + clusters : cluster;
+                begun = 1;
+                const u32 chosen = stop() ? all : min(id, all);
+                for (u32 r = 0; r < ctas; ++r) store_at(word, full, leader + r, chosen);
+            }
+        }
+        __syncwarp();
+        bar_wait(full, phase);
+        const u32 chosen = load_shared_word(word);
+        __syncwarp();
+        if (lane_index() == 0) bar_arrive_at(empty, leader);
+        if (++slot == IDS) slot = 0, phase ^= 1;
+        return chosen;
     }
 
     // One thread of one role of each cluster, after its last `next`.

@@ -34,6 +34,20 @@ inline void cluster_sync() {
 inline void turn_give(u32 id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
 inline void turn_wait(u32 id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
 
+// True if `mine` is in all 256 threads of the two warpgroups that multiply.
+inline bool all_of_both(bool mine) {
+    u32 all;
+    asm volatile(
+        "{.reg .pred p, q;\n"
+        "setp.ne.u32 p, %1, 0;\n"
+        "barrier.cta.red.and.pred q, 5, 256, p;\n"
+        "selp.u32 %0, 1, 0, q;}"
+        : "=r"(all)
+        : "r"((u32)mine)
+        : "memory");
+    return all;
+}
+
 // A barrier of one warpgroup (128 threads); id 0 belongs to __syncthreads.
 inline void group_sync(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
@@ -137,6 +151,19 @@ inline bool bar_try(u32 bar, u32 phase) {
     return done;
 }
 
+// Like bar_try, but answers at once: try_wait sleeps for tens of microseconds before it says no.
+inline bool bar_test(u32 bar, u32 phase) {
+    u32 done;
+    asm volatile(
+        "{.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(bar), "r"(phase)
+        : "memory");
+    return done;
+}
+
 // Everything waited for here is fed by this same launch, so the wait ends unless the kernel itself
 // is wrong; waits for other ranks have their own limits (words.cuh).  try_wait sleeps up to about
 // a millisecond by itself, so the limit is minutes: only a bug reaches it.
@@ -169,10 +196,11 @@ inline void tma_load_both(u32 to, const TensorMap& map, u32 bar, int x, int y, i
 }
 
 inline void tma_store(const TensorMap& map, u32 from, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                     &map),
-                 "r"(from), "r"(x), "r"(y)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+            &map),
+        "r"(from), "r"(x), "r"(y), "r"(0)
+        : "memory");
 }
 
 inline void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {

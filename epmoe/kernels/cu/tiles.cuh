@@ -43,42 +43,45 @@ inline int slot_of(const int* before, int t, int per) {
 // A tile of BLOCK rows x 256 columns, one of the two that a cluster of two CTAs works on together.
 struct Tile {
     int slot;
-    int block;         // block of rows, counted over the whole pool
-    int column;        // tile of columns
-    bool same_rows;    // both CTAs have this block, else both have this column
-    bool none;         // past the last column: nothing to do for either
+    int block;       // block of rows, counted over the whole pool
+    int column;      // tile of columns
+    bool same_rows;  // both CTAs have this block, else both have this column
+    bool none;       // past the last column: nothing to do for either
 };
 
-// Cluster tile t of a GEMM with COLUMNS tiles of columns, as CTA `rank` of the cluster sees it.
+// Cluster tile `rest` of a group of `blocks` blocks, as CTA `rank` of the cluster sees it.
 //
 // A cluster takes two blocks of one slot and one column (they share the weights) and, where a
 // group has an odd number of blocks, its last block with two columns (they share the rows): no CTA
-// ever works on padding blocks.  Within a group of blocks, columns go in pairs: first all block
-// pairs of one column, then of the next, then the odd block with both.
-template <int slots, int columns>
-inline Tile wide_tile(const int* before, int t, int rank) {
-    constexpr int per = (columns + 1) / 2;  // cluster tiles of one block
-    Tile tile;
-    tile.slot = slot_of<slots>(before, t, per);
-    const int first = before[tile.slot];
-    int blocks = before[tile.slot + 1] - first;
-    int rest = t - first * per;
-    const int group = rest / (GROUP * per);
-    rest -= group * (GROUP * per);
-    blocks = min(GROUP, blocks - group * GROUP);
+// ever works on padding blocks.  Columns go in pairs: first all block pairs of one column, then of
+// the next, then the odd block with both.  `blocks` cluster tiles make a pair of columns.
+template <int columns>
+inline Tile tile_in_group(int slot, int first, int blocks, int rest, int rank) {
     const int pairs = blocks / 2, pass = rest / blocks;
     rest -= pass * blocks;
+    Tile tile;
+    tile.slot = slot;
     tile.same_rows = rest == 2 * pairs;
     if (tile.same_rows) {
-        tile.block = blocks - 1;
+        tile.block = first + blocks - 1;
         tile.column = 2 * pass + rank;
         tile.none = false;
     } else {
         const int second = rest >= pairs;
-        tile.block = 2 * (rest - second * pairs) + rank;
+        tile.block = first + 2 * (rest - second * pairs) + rank;
         tile.column = 2 * pass + second;
         tile.none = tile.column >= columns;
     }
-    tile.block += first + group * GROUP;
     return tile;
+}
+
+// Cluster tile t of a GEMM with `columns` tiles of columns: slot by slot, group by group.
+template <int slots, int columns>
+inline Tile wide_tile(const int* before, int t, int rank) {
+    constexpr int per = (columns + 1) / 2;  // cluster tiles of one block
+    const int slot = slot_of<slots>(before, t, per), first = before[slot];
+    const int rest = t - first * per, group = rest / (GROUP * per);
+    const int blocks = min(GROUP, before[slot + 1] - first - group * GROUP);
+    return tile_in_group<columns>(slot, first + group * GROUP, blocks, rest - group * (GROUP * per),
+                                  rank);
 }

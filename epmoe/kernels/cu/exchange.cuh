@@ -1,0 +1,412 @@
+// What the communicating part of a fused round does: stage, tell, pull, push, reduce.
+//
+// Constants as in verbs.cu: RANKS, LOCAL, CHOICES, HIDDEN, MAX_ROWS, RECORD, WEIGHT_IN_FC2, *_AT.
+#pragma once
+#include "epilogue.cuh"
+#include "signals.cuh"
+#include "stream.cuh"
+#include "trace.cuh"
+
+constexpr int SLOTS = RANKS * LOCAL;
+constexpr u32 CELLS = MAX_ROWS * CHOICES;
+constexpr int HEAD = 8;             // comm/layout.py
+constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
+static_assert(RESULT == RECORD, "pulls and pushes share a ring: a row and a result are alike");
+
+// What a rank keeps of a round for itself.  Counters of a block have two sets, one for odd and one
+// for even launches: a launch clears the set of the next one, which nobody reads meanwhile.  The
+// other counters only grow: by the same amount in every launch, `epoch` launches so far.
+struct Private {
+    u64* loads;      // [SLOTS] rows of every slot of all ranks, summed over rounds
+    u64* origin;     // [pool] source << 32 | cell
+    float* scale;    // [pool] router weights, if the second GEMM applies them
+    u8* rows;        // [pool, RECORD]
+    u16* mid;        // [pool, INNER]
+    u8* results;     // [pool, RESULT]
+    u32* blocks;     // [2][3][pool / BLOCK]: rows arrived, FC1 tiles done, FC2 tiles done
+    int* scratch;    // [grid][live_words(LOCAL)]
+    u32* epoch;      // see Counter
+    u64* trace;      // [grid][SPANS], written with TRACE only
+    u32 pool_blocks, unused;
+};
+enum Counter { EPOCH, STAGED, PLANNED, PUSHED, FINISHED, BAD, NEXT, CAME };
+// NEXT is the next tile of a counted order, 0 between launches.  CAME counts words that one CTA has
+// seen for all: C, then Y, of every launch.
+enum Progress { ARRIVED, HALF, WHOLE };
+
+inline u32* progress(const Private& mine, u32 epoch, u32 which) {
+    return mine.blocks + ((epoch & 1) * 3 + which) * mine.pool_blocks;
+}
+
+constexpr int N1 = gated(ACT) ? 2 * INNER : INNER;  // weight rows of FC1
+constexpr int TILE_COLUMNS = TALL ? 64 : TILE_N;     // what one count of a tile stands for
+
+// How often a block of `rows` rows (more than BLOCK count as BLOCK) is counted when a GEMM of
+// `columns` columns has done all its tiles: once for every 64 rows that a warpgroup has live.
+constexpr u32 tiles_of(int columns, int rows) {
+    return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * (rows > 64 ? 2 : 1);
+}
+
+// Words are polled by one CTA of a rank, who counts on CAME what it has seen; the others wait there
+// and sleep between looks.  When all 132 polled words, the copies of those still at work became
+// fifty times slower (28 KiB took 22 us).
+inline bool await_came(const World& world, const Private& mine, u32 target) {
+    const u64 started = global_nanoseconds();
+    const u64 limit = *reinterpret_cast<const u64*>(world.limit);
+    for (u32 turn = 0; (int)(load_acquire(mine.epoch + CAME) - target) < 0; ++turn) {
+        __nanosleep(turn < 64 ? 50 : 500);
+        if (turn % 64 == 63 && (faulted(world) || global_nanoseconds() - started > 2 * limit))
+            return false;  // twice: who polls the words gives up first, and says why
+    }
+    return true;
+}
+
+struct Head {
+    long long field[HEAD];
+};
+
+// All threads of all CTAs: my rows into my slab.  The caller adds to STAGED after a barrier.
+inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows) {
+    const u64 threads = (u64)gridDim.x * blockDim.x, mine = blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 quads = (u64)rows * (RECORD / 16);
+    Quad* to = at<Quad>(world, world.rank, ROWS_AT);
+    const Quad* from = reinterpret_cast<const Quad*>(x);
+    for (u64 i = mine; i < quads; i += 4 * threads) {
+        Quad q[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u)
+            if (i + u * threads < quads) q[u] = from[i + u * threads];
+#pragma unroll
+        for (int u = 0; u < 4; ++u)
+            if (i + u * threads < quads) to[i + u * threads] = q[u];
+    }
+    if (WEIGHT_IN_FC2) {
+        float* w = at<float>(world, world.rank, WEIGHTS_AT);
+        for (u64 i = mine; i < rows * CHOICES; i += threads) w[i] = weights[i];
+    }
+    fence_async_global();  // peers read the rows with the copy engine
+    __threadfence_system();
+}
+
+// f(cell, slot) for every choice; loads go four at a time, since each takes a microsecond.
+template <typename F>
+inline void each_choice(const int* slots, u32 rows, F f) {
+    const u32 all = rows * CHOICES;
+    for (u32 c = threadIdx.x; c < all; c += 4 * blockDim.x) {
+        int s[4];
+#pragma unroll
+        for (u32 u = 0; u < 4; ++u) {
+            const u32 cell = c + u * blockDim.x;
+            s[u] = cell < all ? __ldg(slots + cell) : -1;
+        }
+#pragma unroll
+        for (u32 u = 0; u < 4; ++u)
+            if (s[u] != -1) f(c + u * blockDim.x, s[u]);
+    }
+}
+
+// All threads of one CTA: counts, list and head into the mailbox of `peer`; returns the rows asked.
+// `count` and `place` are SLOTS ints of shared memory each.
+inline int tell(const World& world, const Private& mine, u32 peer, const int* slots, u32 rows,
+                const Head& head, int* count, int* place) {
+    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) count[s] = 0;
+    __syncthreads();
+    each_choice(slots, rows, [&](u32, int s) {
+        if (s >= 0 && s < SLOTS) atomicAdd(&count[s], 1);
+        else if (peer == world.rank) atomicAdd(mine.epoch + BAD, 1);
+    });
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int base = 0;
+        for (int first = 0; first < LOCAL; first += 32) {
+            const int l = first + lane_index(), n = l < LOCAL ? count[peer * LOCAL + l] : 0;
+            const int sum = scanned(n);
+            if (l < LOCAL) place[l] = base + sum - n;
+            base += __shfl_sync(~0u, sum, 31);
+        }
+        if (threadIdx.x == 0) place[LOCAL] = base;
+    }
+    __syncthreads();
+    const int total = place[LOCAL];
+    int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
+    int* list = at<int>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
+    long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
+    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) counts[s] = count[s];
+    if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
+    each_choice(slots, rows, [&](u32 cell, int s) {
+        if (s >= 0 && s < SLOTS && s / LOCAL == (int)peer) list[atomicAdd(&place[s % LOCAL], 1)] = cell;
+    });
+    __threadfence_system();
+    __syncthreads();
+    return total;
+}
+
+// What the movers of a CTA know of the round, in shared memory.
+struct Tables {
+    int count[RANKS][LOCAL];
+    int first[RANKS][LOCAL];   // list entries of a source before each slot
+    int block[LOCAL + 1];      // blocks of the pool before each slot
+    int row[LOCAL + 1];        // rows before each slot
+    int turn[LOCAL + 1];       // pull turns before each slot: RANKS times its longest source
+};
+
+// All threads of the CTA.  False if a count cannot be or does not match the word it came with.
+inline bool make_tables(const World& world, Tables& t, const u32* asked, u32 round) {
+    bool good = true;
+    for (int i = threadIdx.x; i < SLOTS; i += blockDim.x) {
+        const int r = i / LOCAL, l = i % LOCAL;
+        const int n = at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + world.rank * LOCAL + l];
+        t.count[r][l] = n;
+        if (n < 0 || n > (int)CELLS) good = fail(world, CORRUPT, r, WORD_C, round, (u64)n, 0);
+    }
+    if (!__syncthreads_and(good)) return false;
+    const u32 warp = threadIdx.x / 32;
+    for (u32 job = warp; job < RANKS + 3; job += blockDim.x / 32) {
+        int base = 0;
+        for (int from = 0; from < LOCAL; from += 32) {
+            const int l = from + lane_index();
+            int value = 0;
+            if (l < LOCAL) {
+                int sum = 0, most = 0;
+                for (int r = 0; r < RANKS; ++r) sum += t.count[r][l], most = max(most, t.count[r][l]);
+                value = job < RANKS       ? t.count[job][l]
+                        : job == RANKS     ? (sum + BLOCK - 1) / BLOCK
+                        : job == RANKS + 1 ? sum
+                                           : most * RANKS;
+            }
+            const int sum = scanned(value);
+            if (l < LOCAL) {
+                if (job < RANKS) t.first[job][l] = base + sum - value;
+                else (job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn)[l + 1] = base + sum;
+            }
+            base += __shfl_sync(~0u, sum, 31);
+        }
+        if (lane_index() == 0) {
+            if (job < RANKS) {
+                if (base != (int)asked[job])
+                    good = fail(world, CORRUPT, job, WORD_C, round, asked[job], 0);
+            } else {
+                (job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn)[0] = 0;
+            }
+        }
+    }
+    return __syncthreads_and(good);
+}
+
+// One CTA of the rank: heads must agree, and every slot's load is added up.
+inline void check_heads(const World& world, const Private& mine, u32 round) {
+    const long long* heads = at<long long>(world, world.rank, HEADS_AT);
+    for (int i = threadIdx.x; i < RANKS * HEAD; i += blockDim.x)
+        if (heads[i] != heads[world.rank * HEAD + i % HEAD])
+            fail(world, DIFFERS, i / HEAD, i % HEAD, round, (u64)heads[i], 0);
+    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) {
+        u64 sum = 0;
+        for (int r = 0; r < RANKS; ++r) sum += at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + s];
+        mine.loads[s] += sum;
+    }
+}
+
+// Rows move in pieces of up to 7 KiB, one lane of a carrying warp to a piece: a batch of pieces is
+// on its way in while the batch before it is still being written and the jobs of the next are
+// looked up.  One thread with one row at a time cannot hide what it waits for: its list entry, its
+// row, its stores and the fence before it says so took 10 us a row, this takes 3 us a batch.
+constexpr u32 CARRY_BYTES = RECORD > 28672 ? RECORD : 28672;  // of a warp
+constexpr u32 CARRIERS = 200704 / CARRY_BYTES;
+constexpr u32 PIECES = (RECORD + 7167) / 7168;
+constexpr u32 PIECE = (RECORD + PIECES * 16 - 1) / (PIECES * 16) * 16;
+constexpr u32 FIT = CARRY_BYTES / (PIECE * PIECES);
+constexpr u32 AT_ONCE = FIT * PIECES > 32 ? 32 / PIECES : FIT;  // rows of a batch
+constexpr u32 CARRY_BARS = CARRIERS * CARRY_BYTES;              // one barrier a lane
+constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 32 * 8;
+
+// What one warp pulls and pushes; every lane has its own row of a batch.
+//
+// Pull turns: slot by slot, sources in turn, beginning right of me, so that every link is busy and
+// a slot's first block is complete first.  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1)
+// for a slot: rank 1's row is row 0 of the slot, mine are rows 1 and 2.
+struct Carrier {
+    const World& world;
+    const Private& mine;
+    const Tables& t;
+    u32 epoch, round, step;    // step: from one batch to the next
+    u32 pull, push;            // this lane's next turn, next row
+    int pull_slot = 0, push_slot = 0;
+    bool pushed = true, broken = false;
+    // The job of this lane, if it has one.
+    bool has = false;
+    u64 from = 0, to = 0;
+    u32* arrived = nullptr;
+
+    // All lanes: find the next batch.  False if there is none now; `wait`: there will be one, or
+    // all is done (or broken).
+    inline bool find(bool wait) {
+        const bool lane = lane_index() < AT_ONCE * PIECES;
+        const bool pulls = __any_sync(~0u, lane && (int)pull < t.turn[LOCAL]);
+        const bool pushes = __any_sync(~0u, lane && (int)push < t.row[LOCAL]);
+        has = false;
+        if (broken || (!pulls && !pushes)) return false;
+        if (pushes && !(pulls && pushed) && whole(lane, wait && !pulls)) {
+            find_push(lane);
+            return true;
+        }
+        if (pulls) find_pull(lane);
+        return pulls && !broken;
+    }
+
+    inline int source(int n) const { return (world.rank + 1 + n) % RANKS; }
+
+    inline void find_pull(bool lane) {
+        bool bad = false;
+        if (lane && (int)pull < t.turn[LOCAL]) {
+            while ((int)pull >= t.turn[pull_slot + 1]) ++pull_slot;
+            const int l = pull_slot, n = pull - t.turn[l], r = source(n), j = n / RANKS;
+            if (j < t.count[r][l]) {
+                int place = 0;  // rows of this slot whose turn is before mine
+                for (int i = 0; i < RANKS; ++i)
+                    place += min(t.count[source(i)][l], j + (i < n % RANKS));
+                const u32 cell =
+                    at<u32>(world, world.rank, LISTS_AT)[(u64)r * CELLS + t.first[r][l] + j];
+                const u32 row = t.block[l] * BLOCK + place;
+                if (cell >= CELLS) {
+                    bad = true;
+                    fail(world, CORRUPT, r, WORD_C, round, cell, 0);
+                } else {
+                    has = true;
+                    from = world.slab[r] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
+                    to = reinterpret_cast<u64>(mine.rows) + (u64)row * RECORD;
+                    arrived = progress(mine, epoch, ARRIVED) + t.block[l] + place / BLOCK;
+                    if (lane_index() % PIECES == 0) {
+                        mine.origin[row] = (u64)r << 32 | cell;
+                        if (WEIGHT_IN_FC2) mine.scale[row] = at<float>(world, r, WEIGHTS_AT)[cell];
+                    }
+                }
+            }
+        }
+        pull += step;
+        pushed = false;
+        broken = __any_sync(~0u, bad);
+    }
+
+    // Every row of the next batch to push has its results.
+    inline bool whole(bool lane, bool wait) {
+        bool good = true;
+        if (lane && (int)push < t.row[LOCAL]) {
+            while ((int)push >= t.row[push_slot + 1]) ++push_slot;
+            const int place = push - t.row[push_slot], block = place / BLOCK;
+            const int rows = t.row[push_slot + 1] - t.row[push_slot] - block * BLOCK;
+            const u32 target = tiles_of(HIDDEN, rows);
+            const u32* done = progress(mine, epoch, WHOLE) + t.block[push_slot] + block;
+            good = wait ? await_count(world, done, target) : load_acquire(done) >= target;
+        }
+        good = __all_sync(~0u, good);
+        if (!good && wait) broken = true;
+        return good;
+    }
+
+    inline void find_push(bool lane) {
+        if (lane && (int)push < t.row[LOCAL]) {
+            const u32 row = t.block[push_slot] * BLOCK + push - t.row[push_slot];
+            const u64 origin = mine.origin[row];
+            has = true;
+            from = reinterpret_cast<u64>(mine.results) + (u64)row * RESULT;
+            to = world.slab[origin >> 32] + RESULTS_AT + (origin & 0xffffffff) * RESULT;
+            arrived = nullptr;
+        }
+        push += step;
+        pushed = true;
+    }
+};
+
+// One warp, `warp` of its CTA: all its rows.
+inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
+    const u32 lane = lane_index(), piece = lane % PIECES;
+    const u32 stage = base + warp * CARRY_BYTES + lane * PIECE;
+    const u32 bar = base + CARRY_BARS + (warp * 32 + lane) * 8;
+    const u32 start = piece * PIECE, bytes = RECORD - start < PIECE ? RECORD - start : PIECE;
+    bar_init(bar, 1);
+    bar_init_done();
+    __syncwarp();
+    u32 phase = 0;
+    u32* landing = nullptr;  // counted when this lane's last store has landed
+    const auto land = [&] {
+        bulk_wait<0>();
+        fence_async_global();
+        __syncwarp();
+        if (landing && piece == 0) add_release(landing, 1);
+        landing = nullptr;
+    };
+    bool more = c.find(true);
+    const auto lap = [&](int i) {
+        if (TRACE && warp == 0 && lane == 0) laps.lap(i);
+    };
+    lap(16);
+    while (more) {
+        if (TRACE && warp == 0 && lane == 0) laps.count(21);
+        const bool has = c.has;
+        const u64 to = c.to;
+        u32* const arrived = has ? c.arrived : nullptr;
+        if (has) {
+            fence_async_global();
+            bar_expect(bar, bytes);
+            bulk_load(stage, reinterpret_cast<const void*>(c.from + start), bytes, bar);
+        }
+        __syncwarp();
+        lap(17);
+        land();
+        lap(18);
+        more = c.find(false);
+        lap(16);
+        if (has) {
+            bar_wait(bar, phase);
+            phase ^= 1;
+            bulk_store(reinterpret_cast<void*>(to + start), stage, bytes);
+            bulk_commit();
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+        lap(19);
+        landing = arrived;
+        if (!more) {
+            land();
+            lap(18);
+            more = c.find(true);
+            lap(20);
+        }
+    }
+    land();
+    __threadfence_system();
+}
+
+// The sum over choices, ascending, in fp32, one rounding; NaN if the round is not `good`.  Thread
+// `thread` of `threads` in the whole grid.
+inline void reduce_rows(const World& world, const int* slots, const float* weights,
+                        const float* shared, u8* out, u32 rows, bool good, u64 thread, u64 threads) {
+    constexpr int quads = HIDDEN / 8;
+    const u64 all = (u64)rows * quads;
+    for (u64 i = thread; i < all; i += threads) {
+        const u32 row = i / quads, quad = i % quads;
+        float sum[8] = {};
+        const u8* cells = at<u8>(world, world.rank, RESULTS_AT) + (u64)row * CHOICES * RESULT;
+#pragma unroll 4
+        for (int k = 0; k < CHOICES; ++k) {
+            const int slot = __ldg(slots + row * CHOICES + k);
+            if (slot < 0 || slot >= SLOTS) continue;  // that cell holds an older round's bits
+            const float w = WEIGHT_IN_FC2 ? 1.0f : __ldg(weights + row * CHOICES + k);
+            const Quad q = *reinterpret_cast<const Quad*>(cells + k * RESULT + quad * 16);
+            const u32 pairs[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+                // Two roundings, as the host does: no fused multiply-add.
+                sum[2 * p] = __fadd_rn(sum[2 * p], __fmul_rn(w, bf16_low(pairs[p])));
+                sum[2 * p + 1] = __fadd_rn(sum[2 * p + 1], __fmul_rn(w, bf16_high(pairs[p])));
+            }
+        }
+        if (shared)
+            for (int e = 0; e < 8; ++e) sum[e] += shared[(u64)row * HIDDEN + quad * 8 + e];
+        if (!good)
+            for (int e = 0; e < 8; ++e) sum[e] = __int_as_float(0x7fffffff);
+        const Quad packed = {pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
+                             pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7])};
+        store_global(out + ((u64)row * quads + quad) * 16, packed);
+    }
+}

@@ -1,0 +1,97 @@
+// The few-rows half of a round: weights are the 64-row operand, 64 rows of the pool make a tile.
+#pragma once
+#include "hands.cuh"
+#include "narrow.cuh"
+
+using Weights = Narrow<TALL>;
+constexpr int PER1 = (N1 + TALL - 1) / TALL, PER2 = (HIDDEN + TALL - 1) / TALL;
+constexpr int CTAS = 1, UNIT = CHUNK;
+using Tiles = Stream<PER1, PER2, LAG, UNIT>;
+
+constexpr u32 NARROW_ORDER_AT = Weights::order_at;
+constexpr u32 HAND_AT = NARROW_ORDER_AT + ORDER_BYTES;
+constexpr u32 LIVE_AT = HAND_AT + HANDS * HAND_BYTES;
+
+struct Maps {
+    TensorMap few_rows, many_rows, w1, few_mid, many_mid, w2;
+};
+
+inline void init_tiles(u32 base) {
+    order_init<CTAS, 0>(base + NARROW_ORDER_AT);
+    hands_init(base + HAND_AT);
+    Weights{base}.init();
+    bar_init_done();
+}
+
+// The feeding warp: tiles in the order of the stream.  Weights depend on nothing.
+inline void feed_stream(const World& world, const Private& mine, const Maps& maps, const Live& live,
+                        u32 base, u32 epoch, bool good) {
+    const u32 clusters = gridDim.x - COMM, all = good ? Tiles::tiles(live) : 0;
+    Weights ring{base};
+    Hands hands{base + HAND_AT};
+    Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
+    Tiles stream;
+    Laps laps(mine.trace + blockIdx.x * SPANS);
+    const auto lap = [&](int i) {
+        if (TRACE && lane_index() == 0) laps.lap(i);
+    };
+    for (;;) {
+        lap(0);
+        const u32 t = order.lead(clusters, blockIdx.x - COMM, all, [&] { return faulted(world); });
+        lap(1);
+        if (t >= all) break;
+        stream.to(live, t);
+        // Units of a group share the weights, so they follow each other.
+        const int rest = t - stream.begin, unit = rest % stream.units;
+        const NarrowTile n{stream.slot, rest / stream.units, stream.row + unit * CHUNK,
+                           min(CHUNK, stream.rows - unit * CHUNK)};
+        if (lane_index() == 0) {
+            lap(2);
+            hands.give({stream.gemm, n.slot, n.row, n.tile, n.live});
+            lap(3);
+            const int in_block = stream.rows + stream.row - n.row / BLOCK * BLOCK;
+            await_inputs(world, mine, epoch, stream.gemm, n.row / BLOCK, in_block);
+            lap(4 + stream.gemm);
+            laps.count(7);
+            feed(ring, stream.gemm ? maps.few_mid : maps.few_rows,
+                 stream.gemm ? maps.many_mid : maps.many_rows, stream.gemm ? maps.w2 : maps.w1, n,
+                 ((stream.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K);
+            lap(6);
+        }
+        __syncwarp();
+    }
+    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0});
+    __syncwarp();
+}
+
+// A warpgroup: what it writes goes out by ordinary stores, so a tile is counted when all have made
+// theirs visible.
+inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
+                            u32 epoch, u32 group) {
+    const u32 staging = base + Weights::staging_at + group * CHUNK * PITCH;
+    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit};
+    const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
+    Weights ring{base};
+    Hands hands{base + HAND_AT};
+    if (TALL == 64 && group == 1) turn_give(TURN);
+    for (u32 turn = 0;; ++turn) {
+        const Hand hand = hands.take();
+        if (hand.gemm == 2) break;
+        const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
+        if (TALL == 64 && turn % 2 != group) {
+            ring.jump(steps);
+            continue;
+        }
+        const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
+        if (hand.gemm)
+            narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(ring, whole, staging, n, group, steps);
+        else
+            narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps);
+        if (n.tile * TALL + (TALL == 128 ? (int)group * 64 : 0) >= (hand.gemm ? HIDDEN : N1)) continue;
+        __threadfence();
+        fence_async_global();
+        group_sync(1 + group);
+        if (threadIdx.x % 128 == 0)
+            add_release(progress(mine, epoch, hand.gemm ? WHOLE : HALF) + hand.row / BLOCK, 1);
+    }
+}

@@ -1,0 +1,122 @@
+// The many-rows half of a round: both GEMMs as one stream of tiles of 128 rows x 256 columns.
+#pragma once
+#include "hands.cuh"
+
+constexpr int COLUMNS1 = (N1 + TILE_N - 1) / TILE_N, COLUMNS2 = (HIDDEN + TILE_N - 1) / TILE_N;
+constexpr int PER1 = (COLUMNS1 + 1) / 2, PER2 = (COLUMNS2 + 1) / 2;
+constexpr int CTAS = 2, UNIT = BLOCK;
+using Tiles = Stream<PER1, PER2, LAG, UNIT>;
+
+constexpr u32 HAND_AT = ORDER_AT + ORDER_BYTES;  // after the ring and the staging
+constexpr u32 LIVE_AT = HAND_AT + HANDS * HAND_BYTES;
+
+struct Maps {
+    TensorMap rows, w1, mid, w2, results;
+};
+
+inline void init_tiles(u32 base) {
+    order_init<CTAS, 0>(base + ORDER_AT);
+    hands_init(base + HAND_AT);
+    ring_init(base);
+}
+
+// The feeding warp: tiles in the order of the stream, each when what it needs is there.
+inline void feed_stream(const World& world, const Private& mine, const Maps& maps, const Live& live,
+                        u32 base, u32 epoch, bool good) {
+    const u32 rank = cluster_rank(), clusters = (gridDim.x - COMM) / 2;
+    const u32 all = good ? Tiles::tiles(live) : 0;
+    Ring ring{base};
+    Hands hands{base + HAND_AT};
+    Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
+    Tiles stream;
+    Laps laps(mine.trace + blockIdx.x * SPANS);
+    const auto lap = [&](int i) {
+        if (TRACE && lane_index() == 0) laps.lap(i);
+    };
+    for (;;) {
+        lap(0);
+        const u32 t = order.lead(clusters, (blockIdx.x - COMM) / 2, all, [&] { return faulted(world); });
+        lap(1);
+        if (t >= all) break;
+        stream.to(live, t);
+        const int rest = t - stream.begin;
+        const Tile tile =
+            stream.gemm
+                ? tile_in_group<COLUMNS2>(stream.slot, stream.row / BLOCK, stream.units, rest, rank)
+                : tile_in_group<COLUMNS1>(stream.slot, stream.row / BLOCK, stream.units, rest, rank);
+        if (tile.none) continue;
+        if (lane_index() == 0) {
+            const int rows = min(stream.rows - (tile.block * BLOCK - stream.row), BLOCK);
+            lap(2);
+            hands.give({stream.gemm, tile.slot, tile.block * BLOCK, tile.column, rows});
+            lap(3);
+            await_inputs(world, mine, epoch, stream.gemm, tile.block, rows);
+            lap(4 + stream.gemm);
+            laps.count(7);
+            feed(ring, stream.gemm ? maps.mid : maps.rows, stream.gemm ? maps.w2 : maps.w1, tile, rank,
+                 (stream.gemm ? INNER : HIDDEN) / TILE_K);
+            lap(6);
+        }
+        __syncwarp();
+    }
+    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0});
+    __syncwarp();
+}
+
+// A warpgroup: multiplies what it is handed, and counts a tile as done once its results can be read.
+inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
+                            u32 epoch, u32 group) {
+    const u32 staging = base + STAGING_AT + group * STAGING_BYTES, thread = threadIdx.x % 128;
+    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit};
+    const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
+    Ring ring{base};
+    Hands hands{base + HAND_AT};
+    Laps laps(mine.trace + blockIdx.x * SPANS);
+    const auto lap = [&](int i) {
+        if (TRACE && threadIdx.x == 0) laps.lap(i);
+    };
+    u32* pending = nullptr;  // thread 0: to be counted when its stores have landed
+    const auto flush = [&] {
+        if (pending) {
+            bulk_wait<0>();
+            fence_async_global();
+            add_release(pending, 1);
+            pending = nullptr;
+        }
+    };
+    for (;;) {
+        if (!bar_test(hands.full(), hands.phase)) flush();
+        lap(8);
+        const Hand hand = hands.take();
+        lap(9);
+        if (hand.gemm == 2) break;
+        const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K, slot = hand.slot;
+        const int row = hand.row + group * 64, rows = min(64, hand.rows - (int)group * 64);
+        if (rows <= 0) {
+            skip(ring, steps);
+            continue;
+        }
+        float sums[TILE_N / 2];
+        multiply(ring, sums, group, steps, flush);
+        flush();
+        lap(10 + hand.gemm);
+        if (hand.gemm)
+            write_out<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, maps.results, staging, slot, row,
+                                                         rows, hand.column, group);
+        else
+            write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows,
+                                                hand.column, group);
+        lap(12);
+        u32* done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) + hand.row / BLOCK;
+        if (hand.column >= (hand.gemm ? COLUMNS2 : COLUMNS1)) continue;
+        if (rows == 64) {
+            if (thread == 0) pending = done;
+        } else {
+            __threadfence();
+            fence_async_global();
+            group_sync(1 + group);
+            if (thread == 0) add_release(done, 1);
+        }
+    }
+    flush();
+}

@@ -1,0 +1,160 @@
+// One round in one launch: from a rank's rows to its results, over the slabs of all ranks.
+//
+// The first COMM CTAs (whole clusters) tell, pull and push; the others run the tile loop over both
+// GEMMs.  FC1 tiles wait for the rows of their block, FC2 tiles for the FC1 tiles of theirs, pushes
+// for the FC2 tiles.  At the end everyone reduces.  Any wait may fail (signals.cuh): then nobody
+// begins anything new, everyone leaves, and the output is NaN.
+//
+// Constants: those of exchange.cuh; INNER, ACT, BIAS, COUNTED, COMM, LAG; TALL as in grouped_gemm.cu.
+#if TALL == 0
+#include "many.cuh"
+#else
+#include "few.cuh"
+#endif
+
+// In shared memory where it fits: each acquire empties L1, so a table in global memory is slow.
+constexpr bool LIVE_SHARED = LOCAL <= 96;
+constexpr u32 TILES_SHARED = LIVE_AT + (LIVE_SHARED ? 4 * live_words(LOCAL) : 0);
+// Shared memory of a CTA that communicates.
+constexpr u32 TABLES_AT = (CARRY_SHARED + 127) / 128 * 128;
+constexpr u32 LISTS_AT_END = TABLES_AT + sizeof(Tables);  // count and place while telling
+static_assert(LISTS_AT_END + (2 * SLOTS + 2) * 4 <= 231296, "the tables of the carriers do not fit");
+static_assert(TILES_SHARED <= 231296, "the tables of the tiles do not fit");
+
+inline int rows_of(const World& world, int l) {
+    const int* counts = at<int>(world, world.rank, COUNTS_AT) + world.rank * LOCAL + l;
+    int sum = 0;
+    for (int r = 0; r < RANKS; ++r) sum += counts[r * SLOTS];
+    return sum;
+}
+
+// The last CTA of the launch to get here opens the next one.
+inline void leave(const World& world, const Private& mine, bool good) {
+    __threadfence();
+    if ((atomicAdd(mine.epoch + FINISHED, 1) + 1) % gridDim.x) return;
+    mine.epoch[NEXT] = 0;
+    mine.epoch[EPOCH] += 1;
+    if (good) *reinterpret_cast<u64*>(world.round) += 1;
+}
+
+// All threads of a CTA: every rank's word `kind` of this round has come.  The values are only for
+// those who check them: `asked` is filled from the words in any case.
+inline bool words_came(const World& world, const Private& mine, Kind kind, u32 epoch, u32 round,
+                       u32* asked) {
+    if (blockIdx.x == 0) {
+        const bool came = await_all(world, kind, round, asked);
+        if (came && threadIdx.x == 0) add_release(mine.epoch + CAME, 1);
+        return came;
+    }
+    bool came = true;
+    if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch + 1 + (kind == WORD_Y));
+    if (!__syncthreads_and(came)) return false;
+    if (threadIdx.x < RANKS)
+        asked[threadIdx.x] = (u32)load_acquire_system(cell_of(world, world.rank, kind, threadIdx.x)) & 0x7fffffff;
+    __syncthreads();
+    return true;
+}
+
+// All threads of a CTA that communicates.
+inline void communicate(const World& world, const Private& mine, const Call& call, u32 base,
+                        u8* shared, u32 epoch, u32 round, u32* asked) {
+    Tables& t = *reinterpret_cast<Tables*>(shared + TABLES_AT);
+    int* count = reinterpret_cast<int*>(shared + LISTS_AT_END);
+    bool good = !faulted(world);
+    for (u32 p = blockIdx.x; good && p < RANKS; p += COMM) {
+        const u32 peer = (world.rank + 1 + p) % RANKS;
+        const int total =
+            tell(world, mine, peer, call.slots, call.rows, call.head, count, count + SLOTS);
+        if (threadIdx.x == 0 && await_count(world, mine.epoch + STAGED, (epoch + 1) * gridDim.x))
+            publish(world, WORD_C, peer, round, total);
+    }
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < 3 * mine.pool_blocks;
+         i += COMM * blockDim.x)
+        progress(mine, epoch + 1, ARRIVED)[i] = 0;
+    good = words_came(world, mine, WORD_C, epoch, round, asked) && make_tables(world, t, asked, round);
+    if (good && blockIdx.x == 0) check_heads(world, mine, round);
+    if (good && (u32)t.block[LOCAL] > mine.pool_blocks)
+        good = fail(world, CORRUPT, world.rank, WORD_C, round, t.block[LOCAL], 0);
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
+    const u32 warp = threadIdx.x / 32;
+    if (good && warp < CARRIERS) {
+        const u32 first = (warp * COMM + blockIdx.x) + lane_index() / PIECES * (COMM * CARRIERS);
+        Carrier carrier{world, mine, t, epoch, round, COMM * CARRIERS * AT_ONCE, first, first};
+        carry(carrier, base, warp, Laps(mine.trace + blockIdx.x * SPANS));
+    }
+    __syncthreads();
+    // Y is the promise to read no mailbox and no row of this round any more.
+    if (threadIdx.x == 0 && (atomicAdd(mine.epoch + PUSHED, 1) + 1) % COMM == 0 &&
+        await_count(world, mine.epoch + PLANNED, (epoch + 1) * gridDim.x) && !faulted(world)) {
+        __threadfence_system();
+        for (u32 r = 0; r < RANKS; ++r) publish(world, WORD_Y, r, round, 0);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    fused_round(const __grid_constant__ Maps maps, const __grid_constant__ World world,
+                const __grid_constant__ Private mine, const __grid_constant__ Call call) {
+    extern __shared__ __align__(1024) u8 shared[];
+    __shared__ u32 asked[RANKS];
+    const u32 base = smem(shared), warp = warp_index();
+    const u32 epoch = mine.epoch[EPOCH], round = round_now(world);
+    Laps phases(mine.trace + blockIdx.x * SPANS);
+    const auto phase = [&](int i) {
+        if (TRACE && threadIdx.x == 0) phases.lap(i);
+    };
+    const bool multiplies = blockIdx.x >= COMM, feeds = warp == GROUPS * 4;
+    if (multiplies && feeds && lane_index() == 0) {
+        init_tiles(base);
+    }
+    if (!faulted(world)) stage_rows(world, call.x, call.weights, call.rows);
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(mine.epoch + STAGED, 1);
+    cluster_sync();
+    phase(13);
+
+    const u64 everyone = (u64)COMM * THREADS + (u64)(gridDim.x - COMM) * GROUPS * 128;
+    if (!multiplies) {
+        phase(14);
+        communicate(world, mine, call, base, shared, epoch, round, asked);
+        phase(15);
+        const bool good = words_came(world, mine, WORD_Y, epoch, round, asked) && !faulted(world);
+        reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, good,
+                    (u64)blockIdx.x * THREADS + threadIdx.x, everyone);
+        __syncthreads();
+        if (threadIdx.x == 0) leave(world, mine, good);
+        return;
+    }
+    bool good = words_came(world, mine, WORD_C, epoch, round, asked);
+    phase(14);
+    const Live live(LIVE_SHARED ? reinterpret_cast<int*>(shared + LIVE_AT)
+                                : mine.scratch + blockIdx.x * live_words(LOCAL),
+                    LOCAL);
+    if (warp == 0 && good) {
+        find_live<LOCAL, UNIT>(live, [&](int l) { return max(rows_of(world, l), 0); });
+        __syncwarp();
+        good = (u32)live.block[*live.count] <= mine.pool_blocks;
+    }
+    good = __syncthreads_and(good);
+    if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
+    if (warp >= GROUPS * 4) {
+        registers_down<FEED_REGISTERS>();
+        if (feeds) feed_stream(world, mine, maps, live, base, epoch, good);
+        cluster_sync();
+    } else {
+        registers_up<MULTIPLY_REGISTERS>();
+        multiply_stream(mine, maps, call, base, epoch, warp / 4);
+        phase(15);
+        bool came = true;
+        if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch + 2);
+        came = all_of_both(came) && !faulted(world);
+        phase(22);
+        reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, came,
+                    (u64)COMM * THREADS + (u64)(blockIdx.x - COMM) * GROUPS * 128 + threadIdx.x, everyone);
+        all_of_both(true);
+        phase(23);
+        if (threadIdx.x == 0) leave(world, mine, came);
+        __syncwarp();
+        cluster_sync();  // a CTA that left could still be sent arrivals
+    }
+}
