@@ -21,9 +21,8 @@ LOADS is a file of tokens per expert, in any unit:
                column named "layer" too, and so are lines that begin with #
   .npz, .npy   an array "loads" (or the only array) of shape [experts] or [layers, experts];
                beside it, if known, "placement" (the expert of every slot) and "ranks"
-  .json, -     what a running job wrote ("-" reads standard input): a list as above, or
-               {"loads": moe.loads().tolist(), "ranks": group.size,
-                "placement": list(moe.placement.expert_of_S)}"""
+  .json, -     what a running job wrote with epmoe.balancer.describe_loads ("-" reads
+               standard input), {"loads": ..., "ranks": ..., "placement": ...}, or a list"""
 
 
 @dataclass(frozen=True, slots=True)
