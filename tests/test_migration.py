@@ -85,6 +85,8 @@ def test_answers_are_exact_before_during_and_after(rank, group):
         wanted = []
 
         def between(i):
+            for name, slots in held(weights, moe.placement, rank).items():
+                assert torch.equal(moe._weights[name], slots), (i, name)  # also between two steps
             if i % 60 == 5 and not moe.moving:
                 wanted.append(shuffled(rng, EXACT, group.size))
                 moe.place(wanted[-1], budget=[None, 4096, 512][i // 60 % 3], verify=i % 2 == 0)
