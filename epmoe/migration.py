@@ -28,7 +28,7 @@ class Migration:
 
     ``declared`` names every tensor that a slot has, so whatever a format adds travels too.  No
     round copies more than ``budget`` bytes into or out of this rank, nor a switch, unless experts
-    without a second slot change places in a ring.  ``half`` is the size of half the freight region.
+    without a second slot change places in a ring.  ``most`` is what one round can carry.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Migration:
         carrier: Carrier,
         *,
         rank: int,
-        half: int,
+        most: int,
         budget: int | None,
         verify: bool,
         settled: Callable[[], None],
@@ -49,7 +49,7 @@ class Migration:
 
         ``settled`` returns when the rounds that were queued are over, or raises what went wrong.
         """
-        self.new, self._rank, self._carrier, self._half = new, rank, carrier, half
+        self.new, self._rank, self._carrier = new, rank, carrier
         self._per_rank, self._first = old.slots_per_rank, rank * old.slots_per_rank
         self._slots = SlotBytes(declared, weights)
         moved = moves(old, new)
@@ -62,8 +62,7 @@ class Migration:
         if verify:  # of the slots that I send or get, by where they go
             far = (m for m in moved if self._is_mine(m.slot) != self._is_mine(m.source))
             self._sums = {m.slot: carrier.checksum() for m in far}
-        self._rounds = schedule(moved, old, total, half if budget is None else budget)
-        self._turn = 0
+        self._rounds = schedule(moved, old, total, most if budget is None else budget)
         self._now = next(self._rounds, None)  # the parcels of the next round
         # Rounds without parcels that follow: one to land in, one to compare checksums in.
         self._empty = 0 if self._now is None else 1 + verify
@@ -106,7 +105,6 @@ class Migration:
     def landed(self) -> None:
         """Before my Y: the peers may fill the half again that they filled a round ago."""
         self._carrier.landed()
-        self._turn += 1
         if self._now is not None:
             self._now = next(self._rounds, None)
         if self._now is None and self._empty:
@@ -133,14 +131,9 @@ class Migration:
         self._next = next(self._steps, None)
         return self._in_force
 
-    @property
-    def _at(self) -> int:
-        """Where this round's half of the freight region begins."""
-        return self._half * (self._turn % 2)
-
     def _lay_out(self, parcel: Parcel) -> None:
         total = self._sums[parcel.slot] if self._sums is not None else None
-        place = self._at + parcel.place - parcel.at
+        place = parcel.place - parcel.at
         for at, piece in self._slots.pieces(parcel.source - self._first, parcel.at, parcel.length):
             self._carrier.lay_out(place + at, piece)
             if total is not None:
@@ -156,7 +149,7 @@ class Migration:
                 shadow[at : at + piece.numel()].view(piece.shape).copy_(piece)
             return
         into = shadow[parcel.at : parcel.at + parcel.length]
-        self._carrier.fetch(parcel.source // self._per_rank, self._at + parcel.place, into)
+        self._carrier.fetch(parcel.source // self._per_rank, parcel.place, into)
         if self._sums is not None:
             bytes_of_slot = into[: max(0, self._slots.nbytes - parcel.at)]
             self._sums[parcel.slot].add(bytes_of_slot, parcel.at)

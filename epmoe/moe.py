@@ -17,12 +17,12 @@ from epmoe.context import PHASES, ForwardContext
 from epmoe.errors import ConfigMismatch, EpmoeError
 from epmoe.formats import DTYPE, SlotTensor, format_of
 from epmoe.formats.declare import agreed_values
+from epmoe.kernels.moving import Carrier
 from epmoe.kernels.ops import VERBS
 from epmoe.migration import Migration
 from epmoe.rounds import open_rounds
 from epmoe.runtime import Runtime, agree
 from epmoe.sched.chunks import Chunks, plan_chunks
-from epmoe.sched.freight import PIECE
 from epmoe.sched.loads import Loads
 from epmoe.sched.placement import Placement
 from epmoe.shared import shared_tensors
@@ -248,13 +248,20 @@ class MoE:
             placement,
             [slots[name] for name in sorted(slots)],  # the same order on every rank
             self._weights,
-            self._rounds[0].carrier(),
+            self._carrier(),
             rank=self._runtime.group.rank,
-            half=self.config.freight // 2 // PIECE * PIECE,
+            most=self.config.freight // 2,
             budget=budget,
             verify=verify,
             settled=self._rounds[0].settled,
         )
+
+    def _carrier(self) -> Carrier:
+        """The heap's: layers that move at the same time take turns in one freight region."""
+        runtime = self._runtime
+        if runtime.carrier is None:
+            runtime.carrier = self._rounds[0].carrier()
+        return runtime.carrier
 
     def _move_all(self) -> None:
         """Rounds without rows until everything has arrived; then the switch."""

@@ -28,6 +28,7 @@ from epmoe.kernels.ops import HEAD_FIELDS
 
 if TYPE_CHECKING:
     from epmoe.comm.device_words import DeviceWords
+    from epmoe.kernels.moving import Carrier
 
 PROTOCOL = 1  # what two ranks must agree on beside their configs: words, layout, order of a round
 
@@ -55,6 +56,7 @@ class Runtime:
         self.pid = os.getpid()
         self.fault: BaseException | None = None
         self.closed = False
+        self.carrier: Carrier | None = None  # made when experts move for the first time
         # What must let go before the heap can be unmapped.
         self.views: list[Callable[[], None]] = []
         self.device = torch.device("cpu")

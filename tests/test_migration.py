@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,26 @@ def test_answers_are_exact_before_during_and_after(rank, group):
         for name, slots in held(weights, moe.placement, rank).items():
             assert torch.equal(moe._weights[name], slots), name
         assert {n: t.data_ptr() for n, t in moe._weights.items()} == addresses
+
+
+@ranks(1, 3)
+def test_layers_of_one_heap_move_at_the_same_time(rank, group):
+    config = replace(EXACT, slots=9)
+    rng, g = random.Random(4), torch.Generator().manual_seed(4)
+    weights = [integer_weights(config, seed) for seed in (1, 2)]
+    layers = MoE.open_all([config, replace(config, freight=1000, name="other")], group)
+    with layers[0]:
+        for moe, own in zip(layers, weights, strict=True):
+            moe.load(**held(own, moe.placement, rank))
+        for turn in range(4):
+            for moe in layers:
+                moe.place(shuffled(rng, config, group.size), budget=400, verify=turn == 1)
+            while any(moe.moving for moe in layers):
+                n = rng.randrange(2)
+                assert run(layers[n], weights[n], group.size, 1, rng, g) == 0
+            for moe, own in zip(layers, weights, strict=True):
+                for name, slots in held(own, moe.placement, rank).items():
+                    assert torch.equal(moe._weights[name], slots), name
 
 
 @ranks(4)

@@ -1,8 +1,9 @@
 """How bytes of slots get from one rank to another: by memory copies on the host, by copy engines.
 
 A round's parcels lie in one half of the freight region.  They are laid out before C of a round and
-fetched after all C of it; a fetch may go on until Y of the *next* round, so that on a GPU the copy
-engine works beside the kernels of two rounds and never waits for their words.
+fetched after all C of it; a fetch may go on until Y of the *next* round that carries freight, so
+that on a GPU the copy engine works beside the kernels of two rounds and never waits for their
+words.  The halves take turns over all layers of a heap: it has one carrier.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from epmoe.comm.heap import Heap
 from epmoe.comm.layout import Region
 from epmoe.formats import SlotTensor
 from epmoe.kernels.compile import _checked
+from epmoe.sched.freight import PIECE
 
 if TYPE_CHECKING:
     from epmoe.comm.device import DeviceSlabs
@@ -37,7 +39,10 @@ class Checksum(Protocol):
 
 
 class Carrier(Protocol):
-    """Copies pieces (uint8 tensors of slots and shadows) into and out of freight regions."""
+    """Copies pieces (uint8 tensors of slots and shadows) into and out of freight regions.
+
+    A ``place`` counts from the begin of the half whose turn it is.
+    """
 
     def lay_out(self, place: int, piece: Tensor) -> None:
         """Before my C: ``piece`` to byte ``place`` of my region."""
@@ -49,7 +54,7 @@ class Carrier(Protocol):
         """From byte ``place`` of the region of ``rank``."""
 
     def landed(self) -> None:
-        """Before my Y: what was fetched in the round before has arrived."""
+        """Before my Y: what was fetched in the round before has arrived; the other half's turn."""
 
     def shadow(self, nbytes: int) -> Tensor:
         """Memory of mine for the bytes of one slot."""
@@ -58,15 +63,31 @@ class Carrier(Protocol):
         """A new one."""
 
 
+class Halves:
+    """Which half of the region a round's freight lies in: 300 bytes are halves of 144."""
+
+    def __init__(self, freight: Region) -> None:
+        self._starts = (freight.at, freight.at + freight.bytes // 2 // PIECE * PIECE)
+        self._turn = 0
+
+    def at(self, place: int) -> int:
+        """Byte of the slab."""
+        return self._starts[self._turn] + place
+
+    def change(self) -> None:
+        """The next round lies in the other half."""
+        self._turn = 1 - self._turn
+
+
 class HostCarrier:
     """Plain copies, done when the call returns."""
 
     def __init__(self, heap: Heap, freight: Region) -> None:
-        self._heap, self._at = heap, freight.at
+        self._heap, self._halves = heap, Halves(freight)
 
     def lay_out(self, place: int, piece: Tensor) -> None:
         """See ``Carrier``."""
-        at = self._at + place
+        at = self._halves.at(place)
         self._heap.mine[at : at + piece.numel()].view(piece.shape).copy_(piece)
 
     def fetching(self) -> AbstractContextManager[Any]:
@@ -75,11 +96,12 @@ class HostCarrier:
 
     def fetch(self, rank: int, place: int, into: Tensor) -> None:
         """See ``Carrier``."""
-        at = self._at + place
+        at = self._halves.at(place)
         into.copy_(self._heap.peer(rank)[at : at + into.numel()])
 
     def landed(self) -> None:
         """See ``Carrier``."""
+        self._halves.change()
 
     def shadow(self, nbytes: int) -> Tensor:
         """See ``Carrier``.  Touched here, or its pages would be found one by one in the rounds."""
@@ -116,7 +138,7 @@ class CudaCarrier:
     def __init__(self, heap: DeviceSlabs, freight: Region) -> None:
         from cuda.bindings import driver
 
-        self._driver, self._heap, self._at = driver, heap, freight.at
+        self._driver, self._heap, self._halves = driver, heap, Halves(freight)
         self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._begin = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # When the fetches of the last round were done, and of the one before.
@@ -124,7 +146,7 @@ class CudaCarrier:
 
     def lay_out(self, place: int, piece: Tensor) -> None:
         """See ``Carrier``."""
-        to = self._heap.address(self._heap.rank) + self._at + place
+        to = self._heap.address(self._heap.rank) + self._halves.at(place)
         self._copy(to, piece.data_ptr(), piece.numel(), torch.cuda.current_stream())
 
     def fetching(self) -> AbstractContextManager[Any]:
@@ -133,12 +155,13 @@ class CudaCarrier:
 
     def fetch(self, rank: int, place: int, into: Tensor) -> None:
         """See ``Carrier``."""
-        source = self._heap.address(rank) + self._at + place
+        source = self._heap.address(rank) + self._halves.at(place)
         self._copy(into.data_ptr(), source, into.numel(), self._beside)
 
     def landed(self) -> None:
         """See ``Carrier``."""
         self._ends[0].wait(torch.cuda.current_stream())
+        self._halves.change()
 
     def shadow(self, nbytes: int) -> Tensor:
         """See ``Carrier``.  The stream beside has it in use until its copies are done."""

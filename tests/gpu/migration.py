@@ -113,6 +113,30 @@ def exact(group):
     }
 
 
+def several(group):
+    """Two layers that move at the same time share one freight region; each keeps its bits."""
+    weights, rank, rng = drawn(CONFIG), group.rank, random.Random(8)
+    mine = tuple(t.cuda() for t in batches(CONFIG, [40] * group.size, 2)[rank])
+    differ = wrong = 0
+    layers = MoE.open_all([CONFIG, replace(CONFIG, freight=1 << 16, name="other")], group)
+    with layers[0]:
+        for moe in layers:
+            held = list(moe.placement.experts_on(rank))
+            moe.load(**{n: w[held].cuda() for n, w in weights.items()})
+        first = layers[0](*mine)
+        for turn in range(6):
+            for moe in layers:
+                moe.place(shuffled(rng, CONFIG, group.size), budget=16384, verify=turn == 2)
+            while any(moe.moving for moe in layers):
+                for moe in rng.choices(layers, k=3):
+                    differ += not torch.equal(moe(*mine), first)
+            wrong += sum(not right(moe, rank, weights) for moe in layers)
+        for moe in layers:
+            moe.check()
+        met(group)
+    return {"differ": differ, "wrong": wrong, "epochs": [moe.epoch for moe in layers]}
+
+
 def damaged(group):
     """One byte goes wrong on the wire to rank 1: nobody switches, everybody raises."""
     weights, rank = drawn(CONFIG), group.rank
@@ -250,7 +274,7 @@ def speed(group):
 def copy(group):
     """What the copy engine does by itself: 64 MiB from the next rank, over and over."""
     with MoE.open(big(8 * group.size, 256 * MIB), group) as moe:
-        carrier = moe._rounds[0].carrier()
+        carrier = moe._carrier()
         into, found = carrier.shadow(64 * MIB), {}
         for size in (1, 4, 16, 64):
             for source in (group.rank, (group.rank + 1) % group.size):
@@ -318,7 +342,7 @@ def rounds_ms(group, moe, mine, most, budget):
     return [marks[i].elapsed_time(marks[i + 1]) for i in range(count)]
 
 
-BODIES = (choice, exact, damaged, killed, copy, speed, beside)
+BODIES = (choice, exact, several, damaged, killed, copy, speed, beside)
 
 
 def main(names):

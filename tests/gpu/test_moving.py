@@ -45,7 +45,7 @@ def found(ranks, body, *names, but=()):
     return values
 
 
-ALL = ("choice", "exact", "damaged")
+ALL = ("choice", "exact", "several", "damaged")
 
 
 def test_the_kernel_chooses_the_slots_that_the_host_chooses():
@@ -60,6 +60,13 @@ def test_answers_keep_their_bits_before_during_and_after(ranks):
         assert one["worst"] < CLOSE
         assert one["epoch"] > 12  # some went in steps
         assert one["counted"] > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_layers_that_move_at_once_take_turns_in_the_freight_region(ranks):
+    for one in found(ranks, "several", *ALL):
+        assert (one["differ"], one["wrong"]) == (0, 0)
+        assert min(one["epochs"]) >= 6
 
 
 def test_a_damaged_slot_is_noticed_and_the_old_placement_stays():
