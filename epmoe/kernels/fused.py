@@ -40,13 +40,16 @@ class FusedOps:
         layer: int,
         lane: int,
         words: Worded,
-        counted: bool = False,
+        counted: bool | None = None,
         communicators: int = COMMUNICATORS,
         tall: int | None = None,
         trace: bool = False,
     ) -> None:
-        """``counted``: tiles by a counter.  ``tall``: as in ``grouped_gemm``; None lets the rows that
-        a slot expects decide.  ``trace``: add up where time goes, in ``trace`` (cu/trace.cuh)."""
+        """``tall``: as in ``grouped_gemm``; None lets the rows that a slot expects decide.
+
+        ``counted``: tiles by a counter; None means on the wide path only, where it was faster.
+        ``trace``: add up where time goes, in ``trace`` (cu/trace.cuh).
+        """
         if config.dtype != "bf16" or config.format != "plain":
             raise EpmoeError(
                 f"the CUDA kernels compute plain bf16, got {config.format} {config.dtype}"
@@ -98,7 +101,7 @@ class FusedOps:
             placed,
             layer,
             lane,
-            counted=counted,
+            counted=not self._tall if counted is None else counted,
             communicators=communicators,
             grid=self._grid,
             tall=self._tall,
@@ -168,11 +171,12 @@ class FusedOps:
 
 
 def few_rows(config: MoEConfig, ranks: int) -> int:
-    """64 if a slot expects so few rows that streaming weights is all that counts, else 0.
+    """128 if a slot expects so few rows that streaming weights is all that counts, else 0.
 
-    From rank-identical numbers only.  Up to 32 rows the narrow path was faster for every shape.
+    From rank-identical numbers only.  Inside a round 128 beats 64: dsv3 at 32 rows a slot took 795
+    microseconds against 858.
     """
-    return 64 if config.max_rows * config.choices * ranks <= 32 * config.places else 0
+    return 128 if config.max_rows * config.choices * ranks <= 32 * config.places else 0
 
 
 def compiled(
@@ -182,7 +186,7 @@ def compiled(
     layer: int,
     lane: int,
     *,
-    counted: bool = False,
+    counted: bool = True,
     communicators: int = COMMUNICATORS,
     grid: int = 132,
     tall: int = 0,

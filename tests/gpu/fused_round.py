@@ -114,7 +114,7 @@ def check(config, rounds, **how):
     return not wrong
 
 
-def timed(variants, rounds=15):
+def timed(variants, rounds=11):
     flush = torch.empty(200 << 20, dtype=torch.uint8, device="cuda")
     taken = {name: [] for name in variants}
     for turn in range(rounds + 3):
@@ -136,12 +136,12 @@ def times(name, hidden, inner, experts, choices, rows):
         experts=experts, choices=choices, hidden=hidden, inner=inner, max_rows=rows, heap="cuda"
     )
     words, split, fused = opened(config)
-    placed, others = layout([config], 1), {"counted": {"counted": True}}
-    others["counted 16"] = {"counted": True, "communicators": 16}
-    if rows * choices <= 128 * experts:
-        others["64"] = {"tall": 64}
-        others["64 counted"] = {"tall": 64, "counted": True}
-        others["128"] = {"tall": 128}
+    placed, others = (
+        layout([config], 1),
+        {"other order": {"counted": rows * choices <= 32 * experts}, "16": {"communicators": 16}},
+    )
+    if rows * choices <= 64 * experts:
+        others["wide"] = {"tall": 0}
     made = {
         name: FusedOps(config, placed, layer=0, lane=0, words=words, **how)
         for name, how in others.items()
@@ -216,8 +216,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--trace", action="store_true")
-    parser.add_argument("--narrow", action="store_true")
     asked = parser.parse_args()
     small = {
         "experts": 8,
@@ -237,26 +237,25 @@ def main():
     }
     found: list[dict] = []
     good = True
-    for tall in (64, 128) if asked.narrow else (0,):
+    for tall in (0, 64, 128) if not asked.quick else (0, 128):
+        good = good and check(MoEConfig(**small), 8, tall=tall, counted=False)
         good = good and check(MoEConfig(**small), 8, tall=tall)
-        good = good and check(MoEConfig(**small), 12, tall=tall, counted=True)
+        if asked.quick:
+            continue
         for act in ("gelu", "gpt_oss"):
             config = MoEConfig(**small, activation=act, bias=True, weight_in="fc2")
-            good = good and check(config, 8, tall=tall)
-        good = good and check(MoEConfig(**wide), 8, tall=tall, counted=True, communicators=16)
-        good = good and check(MoEConfig(**wide), 8, tall=tall, communicators=2)
+            good = good and check(config, 4, tall=tall)
+        good = good and check(MoEConfig(**wide), 4, tall=tall, communicators=16)
+        good = good and check(MoEConfig(**wide), 4, tall=tall, communicators=2, counted=False)
     if asked.trace and good:
-        if asked.narrow:
-            traced("dsv3", 7168, 2048, 32, 8, 128, tall=64)
-        else:
-            traced("qwen3-30b", 2048, 768, 16, 8, 2048, counted=True)
-            traced("dsv3", 7168, 2048, 32, 8, 2048, counted=True)
+        traced("dsv3", 7168, 2048, 32, 8, 2048)
     if asked.time and good:
-        shapes = [("dsv3", 7168, 2048, 32, 8), ("qwen3-30b", 2048, 768, 16, 8)]
-        for shape in (*shapes, ("qwen3-235b", 4096, 1536, 16, 8)):
-            for rows in (16, 64, 128) if asked.narrow else (512, 2048):
-                found.append(times(*shape, rows if shape[3] == 32 else rows // 2))
-                torch.cuda.empty_cache()
+        for rows in (16, 128, 512, 2048):
+            found.append(times("dsv3", 7168, 2048, 32, 8, rows))
+            torch.cuda.empty_cache()
+        for rows in (64, 1024):
+            found.append(times("qwen3-30b", 2048, 768, 16, 8, rows))
+        found.append(times("qwen3-235b", 4096, 1536, 16, 8, 1024))
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1))
     sys.exit(not good)

@@ -387,18 +387,31 @@ inline void reduce_rows(const World& world, const int* slots, const float* weigh
         const u32 row = i / quads, quad = i % quads;
         float sum[8] = {};
         const u8* cells = at<u8>(world, world.rank, RESULTS_AT) + (u64)row * CHOICES * RESULT;
-#pragma unroll 4
-        for (int k = 0; k < CHOICES; ++k) {
-            const int slot = __ldg(slots + row * CHOICES + k);
-            if (slot < 0 || slot >= SLOTS) continue;  // that cell holds an older round's bits
-            const float w = WEIGHT_IN_FC2 ? 1.0f : __ldg(weights + row * CHOICES + k);
-            const Quad q = *reinterpret_cast<const Quad*>(cells + k * RESULT + quad * 16);
-            const u32 pairs[4] = {q.x, q.y, q.z, q.w};
+        for (int first = 0; first < CHOICES; first += 8) {  // eight loads under way at a time
+            Quad q[8];
+            float w[8];
 #pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                // Two roundings, as the host does: no fused multiply-add.
-                sum[2 * p] = __fadd_rn(sum[2 * p], __fmul_rn(w, bf16_low(pairs[p])));
-                sum[2 * p + 1] = __fadd_rn(sum[2 * p + 1], __fmul_rn(w, bf16_high(pairs[p])));
+            for (int k = 0; k < 8; ++k) {
+                const int choice = first + k;
+                const int slot = choice < CHOICES ? __ldg(slots + row * CHOICES + choice) : -1;
+                // The cell of an unused choice holds an older round's bits.
+                q[k] = Quad{};
+                w[k] = 0.0f;
+                if (slot >= 0 && slot < SLOTS) {
+                    q[k] = *reinterpret_cast<const Quad*>(cells + choice * RESULT + quad * 16);
+                    w[k] = WEIGHT_IN_FC2 ? 1.0f : __ldg(weights + row * CHOICES + choice);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                const u32 pairs[4] = {q[k].x, q[k].y, q[k].z, q[k].w};
+#pragma unroll
+                for (int p = 0; p < 4; ++p) {
+                    // Two roundings, as the host does: no fused multiply-add.  An unused choice
+                    // adds 0 * 0 = 0, which changes no sum: they begin at +0.
+                    sum[2 * p] = __fadd_rn(sum[2 * p], __fmul_rn(w[k], bf16_low(pairs[p])));
+                    sum[2 * p + 1] = __fadd_rn(sum[2 * p + 1], __fmul_rn(w[k], bf16_high(pairs[p])));
+                }
             }
         }
         if (shared)

@@ -75,13 +75,13 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     const auto lap = [&](int i) {
         if (TRACE && threadIdx.x == 0) laps.lap(i);
     };
-    u32* pending = nullptr;  // thread 0: to be counted when its stores have landed
+    int pending = -1;  // thread 0: the counter of a tile whose stores have not landed yet
     const auto flush = [&] {
-        if (pending) {
+        if (pending >= 0) {
             bulk_wait<0>();
             fence_async_global();
-            add_release(pending, 1);
-            pending = nullptr;
+            add_release(mine.blocks + pending, 1);
+            pending = -1;
         }
     };
     for (;;) {
@@ -107,7 +107,7 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
             write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows,
                                                 hand.column, group);
         lap(12);
-        u32* done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) + hand.row / BLOCK;
+        const int done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.row / BLOCK;
         if (hand.column >= (hand.gemm ? COLUMNS2 : COLUMNS1)) continue;
         if (rows == 64) {
             if (thread == 0) pending = done;
@@ -115,7 +115,7 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
             __threadfence();
             fence_async_global();
             group_sync(1 + group);
-            if (thread == 0) add_release(done, 1);
+            if (thread == 0) add_release(mine.blocks + done, 1);
         }
     }
     flush();
