@@ -30,8 +30,8 @@ from torch import Tensor
 from epmoe.config import MoEConfig
 from epmoe.formats import format_of, nvfp4
 from epmoe.formats.declare import check_weights
-from epmoe.stacked import expect, load_fused
 from epmoe.shards import Folder
+from epmoe.stacked import expect, load_fused
 
 PROJECTIONS = (
     {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
