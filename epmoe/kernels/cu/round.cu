@@ -11,6 +11,7 @@
 #else
 #include "few.cuh"
 #endif
+#include "reduce.cuh"
 
 // In shared memory where it fits: each acquire empties L1, so a table in global memory is slow.
 constexpr bool LIVE_SHARED = LOCAL <= 96;
