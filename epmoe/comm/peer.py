@@ -85,9 +85,13 @@ def process(pid: int) -> tuple[str, int] | None:
 def state_of(peer: Peer) -> str:
     """The state letter of a peer on this host (``T`` stopped, ``D`` in the kernel, ``Z`` ended).
 
-    ``X`` if it is gone, also when its pid belongs to another process by now.
+    ``X`` if it is gone, also when its pid belongs to another process by now; ``?`` if this process
+    cannot look, as when it is out of descriptors: a fault being reported must not become another.
     """
-    seen = process(peer.pid)
+    try:
+        seen = process(peer.pid)
+    except OSError:
+        return "?"
     return seen[0] if seen and seen[1] == peer.started else "X"
 
 

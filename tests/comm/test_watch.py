@@ -157,3 +157,13 @@ def test_200_deaths_measured():
         os.waitpid(pid, 0)
     assert len(took) == 200
     assert statistics.quantiles(took, n=100)[98] < 0.1  # median 0.2 ms on an idle machine
+
+
+def test_a_state_that_cannot_be_looked_up_is_no_error(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(24, "Too many open files")
+
+    me = Peer.me(0)
+    monkeypatch.setattr("builtins.open", refuse)
+    assert state_of(me) == "?"
+    assert not ended(me)
