@@ -83,12 +83,12 @@ class HostOps:
         self._weights[self.rank][:rows] = weights_TK
         signals.pause()
         ask = request(slots_TK, self.ranks, self.config.slots_per_rank(self.ranks))
-        head_8 = torch.tensor(head)
+        head_8, counts_S, cells_R = torch.tensor(head), ask.counts_RL.view(-1), ask.cells_R()
         for peer in self._from_my_right():
             self._heads[peer][self.rank] = head_8
-            self._counts[peer][self.rank] = ask.counts_RL.view(-1)
+            self._counts[peer][self.rank] = counts_S
             signals.pause()
-            cells = ask.cells_for(peer)
+            cells = cells_R[peer]
             self._lists[peer][self.rank, : len(cells)] = cells
             signals.pause()
             self.words.publish(C, peer, round, len(cells))

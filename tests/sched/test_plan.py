@@ -26,7 +26,7 @@ def test_request_lists_every_live_choice_once_in_slot_order(seed):
             wanted.setdefault(slot, []).append(cell)
     for rank in range(ranks):
         mine = [c for slot in range(rank * each, rank * each + each) for c in wanted.get(slot, [])]
-        assert ask.cells_for(rank).tolist() == mine
+        assert ask.cells_R()[rank].tolist() == mine
     counted = [[len(wanted.get(r * each + s, [])) for s in range(each)] for r in range(ranks)]
     assert ask.counts_RL.tolist() == counted
     assert ask.cells_N.dtype == torch.int32
@@ -55,4 +55,4 @@ def test_no_rows_at_all():
     found = plan(torch.zeros(3, 2, dtype=torch.int64))
     assert (found.rows, found.pieces(0), found.source(2)) == (0, [], slice(0, 0))
     ask = request(torch.full((4, 2), -1), 3, 2)
-    assert [len(ask.cells_for(r)) for r in range(3)] == [0, 0, 0]
+    assert [len(ask.cells_R()[r]) for r in range(3)] == [0, 0, 0]

@@ -22,7 +22,7 @@ LISTS = """            self._lists[peer][self.rank, : len(cells)] = cells
 C_WORD = """            self.words.publish(C, peer, round, len(cells))
 """
 PAUSE = "            signals.pause()\n"
-COUNTS = """            self._counts[peer][self.rank] = ask.counts_RL.view(-1)
+COUNTS = """            self._counts[peer][self.rank] = counts_S
             signals.pause()
 """
 STAGED_WEIGHTS = """        self._weights[self.rank][:rows] = weights_TK
