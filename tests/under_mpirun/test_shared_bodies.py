@@ -57,6 +57,7 @@ def mpirun(count, *tests, limit_s=110):
     return done, time.monotonic() - start
 
 
+@pytest.mark.night  # `make test` runs all shared bodies under mpirun by itself
 @pytest.mark.parametrize("count", [2, 4])
 def test_shared_bodies_pass_as_ranks_of_mpirun(count):
     done, _ = mpirun(count, *SHARED)
