@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 
 @ranks(1, 2, 4)
 def test_the_program_runs_on_any_number_of_ranks(rank):
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program, adapter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    compile(adapter, "README.md", "exec")  # run by tests/test_generate.py, from examples/
     names: dict[str, object] = {}
     exec(program, names)  # noqa: S102
     assert names["y"].shape == (5, 256)
@@ -24,7 +25,7 @@ def test_the_program_runs_on_any_number_of_ranks(rank):
 
 
 @pytest.mark.parametrize(
-    "verb", sorted(set(re.findall(r"^epmoe (\w+(?: transport)?)", README, re.M)))
+    "verb", sorted(set(re.findall(r"^epmoe (\w+(?: transport| layer)?)", README, re.M)))
 )
 def test_every_command_exists_and_has_json(verb, capsys):
     with pytest.raises(SystemExit) as ended:
