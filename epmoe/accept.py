@@ -57,6 +57,13 @@ def check_context(
     """Rows against capacity, and the context against this rank."""
     if context is not None and not isinstance(context, ForwardContext):
         raise TypeError(f"context must be a ForwardContext, got {type(context).__name__}")
+    if context is not None and context.capacity is not None:
+        most = max(rows, *(context.rows or (0,)))
+        if not most <= context.capacity <= config.max_rows:
+            raise ValueError(
+                f"context.capacity must hold {most} rows and be at most max_rows "
+                f"({config.max_rows}), got {context.capacity}"
+            )
     if context is None or context.rows is None:
         if rows > config.max_rows:
             raise ValueError(

@@ -73,6 +73,7 @@ class MoE:
     def load(self, **tensors: Tensor) -> None:
         """The tensors of my slots, in the format's declared names; kept, not copied.
 
+        On the host plain matrices may be views with contiguous rows (halves of a stored gate_up).
         On a GPU gate and up are copied into one tensor, and not kept.  Experts that move are
         written into what is kept.  Collective: every rank loads or every rank raises.  Plain
         weights are ``w1`` (slots, inner, hidden), ``w3`` (if gated), ``w2`` (slots, hidden, inner),
@@ -127,6 +128,7 @@ class MoE:
                 context = context if isinstance(context, ForwardContext) else None
             slots, chunks = self._rounds[lane].slots(ids), self._chunks(context, len(x))
             phase = PHASES.index(context.phase) if context is not None else 0
+            before, count = (context.chunk, context.chunks) if context is not None else (0, 1)
             outs = []
             # Modes of the caller must not reach the arithmetic: parameters with grad, autocast.
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
@@ -138,8 +140,8 @@ class MoE:
                         self.layer,
                         VERBS.index("forward"),
                         chunks.capacity,
-                        chunk,
-                        chunks.count,
+                        chunk + before,
+                        max(chunks.count, count),
                         phase,
                         self.epoch,
                         lane,
@@ -331,6 +333,8 @@ class MoE:
     def _chunks(self, context: ForwardContext | None, rows: int) -> Chunks:
         """From rank-identical numbers only; without a context every rank runs one full chunk."""
         size, max_rows = self._runtime.group.size, self.config.max_rows
+        if context is not None and context.capacity is not None:
+            return Chunks(((rows,) * size,), min(context.capacity, max_rows))  # cut already
         if context is not None and context.rows is not None and len(context.rows) == size:
             return plan_chunks(context.rows, max_rows)
         return Chunks(((rows,) * size,), max_rows)
