@@ -105,6 +105,10 @@ def fork_ranks(
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         faulthandler.enable(2, all_threads=True)
         code = 1
+        if torch is not None:
+            # After a fork torch makes its thread pool anew at the first use, and two threads that
+            # are first at once find none ("Invalid thread pool"): use it here, while there is one.
+            torch.set_num_threads(torch.get_num_threads())
         try:
             value = body(rank)
             plain = isinstance(value, bytes)
