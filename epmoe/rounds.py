@@ -163,7 +163,12 @@ class CudaRounds:
             raise EpmoeError("rounds on a GPU need a device heap")
         self._runtime, self._config, self._words = runtime, runtime.configs[layer], words
         self.ops: CudaOps = CudaOps(
-            self._config, runtime.placed, layer=layer, lane=lane, words=words
+            self._config,
+            runtime.placed,
+            layer=layer,
+            lane=lane,
+            words=words,
+            pools=runtime.lanes[lane].pools,
         )
         self._weights, self._shared = weights, shared
         placement = linear(runtime, self._config)
@@ -206,7 +211,7 @@ class CudaRounds:
         if freight is not None:
             freight.unload()
         if VERBS[head[HEAD_FIELDS.index("verb")]] != "place":  # which has no rows
-            self.ops.ffn()
+            self.ops.ffn(head[HEAD_FIELDS.index("capacity")])
         if freight is not None:
             freight.landed()
         self.ops.push()

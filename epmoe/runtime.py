@@ -40,6 +40,7 @@ class Lane:
     words: Words | DeviceWords
     round: int = 1  # as this process counts; a GPU's own count is the one that holds
     busy: threading.Lock = field(default_factory=threading.Lock)
+    pools: dict[object, torch.Tensor] = field(default_factory=dict)  # layers take turns in them
 
     def next_round(self) -> int:
         """The round that comes next on this lane."""

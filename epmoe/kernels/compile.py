@@ -257,6 +257,7 @@ def _build(source: str, text: str, constants: Mapping[str, str], arch: str) -> t
         lineinfo=True,
         device_as_default_execution_space=True,
         ptxas_options=["-v", "--warn-on-spills"],
+        no_cache=True,  # of its own: what comes from there comes without a log
         define_macro=list(constants.items()) or None,  # an empty list is refused
     )
     try:

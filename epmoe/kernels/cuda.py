@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from epmoe.kernels.gemm import BLOCK, grouped_gemm, interleave, processors_of
 MOVERS = 7  # cu/copy.cuh
 MOVER_SHARED = MOVERS * 4 * (7168 + 8) + 128
 COPIERS = 32  # blocks that stage rows beside those that write lists
+FEW = 64  # grouped_gemm's ``tall`` for few rows a slot
 MOVING = 16  # blocks that pull or push: 8 to 16 saturate the link, more lose (measured)
 
 
@@ -25,7 +26,8 @@ class CudaOps:
     """One layer on one lane of a CUDA heap, as separate launches.
 
     Its row pool holds whatever routing can send here, so that it can serve as an oracle for any
-    traffic: that is much memory at large capacities.
+    traffic: that is much memory at large capacities.  Layers that run one after the other share it:
+    they are given the same ``pools``.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class CudaOps:
         layer: int,
         lane: int,
         words: DeviceWords,
+        pools: MutableMapping[object, Tensor] | None = None,
     ) -> None:
         if config.dtype != "bf16" or config.format != "plain":
             raise EpmoeError(
@@ -51,14 +54,22 @@ class CudaOps:
         def cuda(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device="cuda")
 
+        def shared(name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+            found = (pools or {}).get((name, shape))
+            if found is None:
+                found = cuda(*shape, dtype=dtype)
+                if pools is not None:
+                    pools[name, shape] = found
+            return found
+
         self.counts = cuda(ranks, local, dtype=torch.int32)
         self.slot_rows = cuda(local, dtype=torch.int32)
         self.loads = cuda(config.places, dtype=torch.int64)
-        self.origin = cuda(pool, dtype=torch.int64)
-        self.scale = cuda(pool, dtype=torch.float32)
-        self.rows = cuda(pool, hidden, dtype=torch.bfloat16)
-        self.mid = cuda(pool, inner, dtype=torch.bfloat16)
-        self.results = cuda(pool, hidden, dtype=torch.bfloat16)
+        self.origin = shared("origin", pool, dtype=torch.int64)
+        self.scale = shared("scale", pool, dtype=torch.float32)
+        self.rows = shared("rows", pool, hidden, dtype=torch.bfloat16)
+        self.mid = shared("mid", pool, inner, dtype=torch.bfloat16)
+        self.results = shared("results", pool, hidden, dtype=torch.bfloat16)
         self.tallies = cuda(5, dtype=torch.int32)  # staged, pushed, reduced, bad, came
         self._kernels = compiled(config, ranks, placed, layer, lane)
         self._world = words.world()
@@ -66,11 +77,13 @@ class CudaOps:
         kept = (self.counts, self.slot_rows, self.loads, self.origin, self.scale)
         pools = (self.rows, self.results)
         self._private = struct.pack("<12Q", *(t.data_ptr() for t in (*kept, *pools)), *tallies)
-        moving = {"grid": (MOVING,), "block": MOVERS * 32, "shared": MOVER_SHARED}
+        # One rank has no link to saturate: all processors move.
+        movers = MOVING if ranks > 1 else processors_of(torch.cuda.current_device())
+        moving = {"grid": (movers,), "block": MOVERS * 32, "shared": MOVER_SHARED}
         both = [self._world, self._private]
         self._pull = Launch(self._kernels["pull"], args=both, **moving)  # type: ignore[arg-type]
         self._push = Launch(self._kernels["push"], args=both, **moving)  # type: ignore[arg-type]
-        self._gemms: tuple[Launch, ...] = ()
+        self._gemms: dict[int, tuple[Launch, ...]] = {}
         self._weights: tuple[Tensor | None, ...] = ()
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
@@ -80,26 +93,26 @@ class CudaOps:
         up = "13" if config.gated else "1"
         w1, w2, b1, b2 = kept["w" + up], kept["w2"], kept.get("b" + up), kept.get("b2")
         scale = self.scale if config.weight_in == "fc2" else None
-        # Few rows a slot: weights become the 64-row operand.  Rank-identical numbers decide.
-        expected = config.max_rows * config.choices * self.ranks / config.places
-        tall = 64 if expected <= 32 else 0
         self._weights = (w1, w2, b1, b2)  # a launch holds addresses only
-        self._gemms = (
-            grouped_gemm(
-                self.rows,
-                w1,
-                self.mid,
-                self.slot_rows,
-                activation=config.activation,
-                clamp=config.clamp,
-                bias_LN=b1,
-                scale_P=scale,
-                tall=tall,
-            ),
-            grouped_gemm(
-                self.mid, w2, self.results, self.slot_rows, bias_LN=b2, scale_P=scale, tall=tall
-            ),
-        )
+        self._gemms = {
+            tall: (
+                grouped_gemm(
+                    self.rows,
+                    w1,
+                    self.mid,
+                    self.slot_rows,
+                    activation=config.activation,
+                    clamp=config.clamp,
+                    bias_LN=b1,
+                    scale_P=scale,
+                    tall=tall,
+                ),
+                grouped_gemm(
+                    self.mid, w2, self.results, self.slot_rows, bias_LN=b2, scale_P=scale, tall=tall
+                ),
+            )
+            for tall in (0, FEW)
+        }
 
     def stage(self, x: Tensor, slots: Tensor, weights: Tensor, head: tuple[int, ...]) -> None:
         """My rows into my slab, counts and lists to the peers, C to each.  int32 slots."""
@@ -118,9 +131,14 @@ class CudaOps:
         """Wait for all C; the asked rows into the pool, grouped by slot."""
         self._pull.enqueue(_stream())
 
-    def ffn(self) -> None:
-        """Both GEMMs with the activation between them."""
-        for gemm in self._gemms:
+    def ffn(self, capacity: int | None = None) -> None:
+        """Both GEMMs with the activation between them; ``capacity`` rows a rank at most (max_rows).
+
+        Few rows a slot: weights become the 64-row operand.  No bit of an answer depends on it.
+        """
+        config = self.config
+        expected = (capacity or config.max_rows) * config.choices * self.ranks / config.places
+        for gemm in self._gemms[FEW if expected <= 32 else 0]:
             gemm.enqueue(_stream())
 
     def push(self) -> None:
