@@ -75,8 +75,8 @@ class CudaOps:
         self._world = words.world()
         tallies = [self.tallies.data_ptr() + 4 * i for i in range(5)]
         kept = (self.counts, self.slot_rows, self.loads, self.origin, self.scale)
-        pools = (self.rows, self.results)
-        self._private = struct.pack("<12Q", *(t.data_ptr() for t in (*kept, *pools)), *tallies)
+        rows = (self.rows, self.results)
+        self._private = struct.pack("<12Q", *(t.data_ptr() for t in (*kept, *rows)), *tallies)
         # One rank has no link to saturate: all processors move.
         movers = MOVING if ranks > 1 else processors_of(torch.cuda.current_device())
         moving = {"grid": (movers,), "block": MOVERS * 32, "shared": MOVER_SHARED}
