@@ -7,6 +7,7 @@ from epmoe.comm.group import Group
 from epmoe.config import MoEConfig
 from epmoe.context import ForwardContext
 from epmoe.errors import ConfigMismatch, EpmoeError, Evicted, PeerLost
+from epmoe.kernels.gemm import interleave_
 from epmoe.moe import MoE
 from epmoe.reference import reference_moe
 from epmoe.sched.balance import rebalance
@@ -29,6 +30,7 @@ __all__ = [
     "Placement",
     "Router",
     "Routing",
+    "interleave_",
     "rebalance",
     "reference_moe",
     "route",

@@ -14,6 +14,7 @@ from epmoe.sched.freight import PIECE
 from epmoe.sched.placement import Placement
 
 MATRICES = ("w1", "w3", "w2")
+Wanted = tuple[tuple[int, ...], torch.dtype]
 
 
 def check_batch(
@@ -121,9 +122,12 @@ def check_weights(
 
     A matrix in fp32 or bf16 may be a view whose rows lie apart, as gate and up do that are stored
     as one tensor: every reader goes row by row.  All else must be contiguous.  A kernel that needs
-    more says so itself.
+    more says so itself.  On a GPU gate and up may also come as the one tensor that its kernels
+    read: ``w13`` instead of ``w1`` and ``w3``, ``b13`` with it (``interleave_``).
     """
     wanted = {t.name: ((slots, *t.shape), t.dtype) for t in declared}
+    if "w13" in given and device.type != "cpu":
+        wanted = _joined(wanted)
     wanted |= {t.name: (t.shape, t.dtype) for t in shared}
     if missing := sorted(wanted.keys() - given.keys()):
         raise ValueError(f"load needs {', '.join(missing)}; wanted are {', '.join(wanted)}")
@@ -135,6 +139,21 @@ def check_weights(
         _check_tensor(name, tensor, len(shape), (dtype,), device, rows_apart=rows_apart)
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _joined(wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
+    """What is wanted when gate and up come as one.
+
+    >>> _joined({"w1": ((4, 8, 16), torch.bfloat16), "w3": ((4, 8, 16), torch.bfloat16)})
+    {'w13': ((4, 16, 16), torch.bfloat16)}
+    """
+    found: dict[str, Wanted] = {}
+    for name, (shape, dtype) in wanted.items():
+        if name in ("w1", "b1") and name[0] + "3" in wanted:
+            found[name + "3"] = ((shape[0], 2 * shape[1], *shape[2:]), dtype)
+        elif name not in ("w3", "b3"):
+            found[name] = (shape, dtype)
+    return found
 
 
 def _check_tensor(

@@ -74,8 +74,9 @@ class MoE:
         """The tensors of my slots, in the format's declared names; kept, not copied.
 
         On the host plain matrices may be views with contiguous rows (halves of a stored gate_up).
-        On a GPU gate and up are copied into one tensor, and not kept.  Experts that move are
-        written into what is kept.  Collective: every rank loads or every rank raises.  Plain
+        On a GPU gate and up are copied into one tensor, and not kept, unless they come as that
+        one: ``w13``, made without a copy by ``interleave_``.  Experts that move are written into
+        what is kept.  Collective: every rank loads or every rank raises.  Plain
         weights are ``w1`` (slots, inner, hidden), ``w3`` (if gated), ``w2`` (slots, hidden, inner),
         biases ``b1``, ``b3``, ``b2``, and ``shared_w1`` and so on without the slot axis.
         """

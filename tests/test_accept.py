@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from epmoe.context import ForwardContext
 from epmoe.formats import format_of
 
 CONFIG = MoEConfig(experts=8, choices=2, hidden=16, inner=8, max_rows=4)
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def check(rows, context=None, ids=None, ids_dtype=torch.int64, rank=0):
@@ -84,3 +86,27 @@ def test_halves_of_one_stored_tensor_are_taken_as_they_lie():
 def test_rows_that_are_torn_or_shared_are_refused(w1):
     with pytest.raises(ValueError, match="w1 must have contiguous rows that do not overlap, got"):
         check_load(w1)
+
+
+def check_joined(device=META, **changes):
+    """As on a GPU: gate and up as one tensor, the biases as one."""
+    config = replace(CONFIG, bias=True)
+    shapes = {"w13": (4, 16, 16), "b13": (4, 16), "w2": (4, 16, 8), "b2": (4, 16)} | changes
+    given = {
+        name: torch.empty(shape, dtype=torch.bfloat16, device=device)
+        for name, shape in shapes.items()
+        if shape
+    }
+    check_weights(format_of(config).tensors(config), (), given, 4, device)
+
+
+def test_gate_and_up_may_come_as_one_on_a_gpu():
+    check_joined()
+    with pytest.raises(ValueError, match=r"w13 must have shape \(4, 16, 16\), got \(4, 8, 16\)"):
+        check_joined(w13=(4, 8, 16))
+    with pytest.raises(ValueError, match="load needs b13; wanted are w13, w2, b13, b2"):
+        check_joined(b13=None)
+    with pytest.raises(ValueError, match="load got w1; wanted are w13"):
+        check_joined(w1=(4, 8, 16))
+    with pytest.raises(ValueError, match="load needs b1, b3, w1, w3"):
+        check_joined(CPU)

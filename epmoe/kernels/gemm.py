@@ -33,6 +33,23 @@ def interleave(gate_LIH: Tensor, up_LIH: Tensor) -> Tensor:
     return both.reshape(slots, 2 * inner, *rest)
 
 
+def interleave_(gate_up_LNH: Tensor, *, in_turns: bool = False) -> Tensor:
+    """``interleave`` within the bytes of one tensor (L, 2I, ...): what ``MoE.load`` takes as w13.
+
+    It holds all rows of the gate and then all of up, or with ``in_turns`` gate 0, up 0, gate 1 and
+    so on.  Slot by slot: beside the tensor itself never more than one slot exists.  With 2I = 32,
+    row 9 (gate 9) ends up in row 17, row 16 (up 0) in row 8.
+    """
+    n = gate_up_LNH.shape[1]
+    if n % 16:
+        raise ValueError(f"rows of gate_up must be a multiple of 16, got {n}")
+    with torch.no_grad():
+        for slot in gate_up_LNH:
+            gate, up = (slot[::2], slot[1::2]) if in_turns else slot.split(n // 2)
+            slot.copy_(interleave(gate.unsqueeze(0), up.unsqueeze(0))[0])
+    return gate_up_LNH
+
+
 def parted(both_LNH: Tensor) -> tuple[Tensor, Tensor]:
     """The gate and the up part of what ``interleave`` made."""
     slots, n, *rest = both_LNH.shape

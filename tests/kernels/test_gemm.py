@@ -199,3 +199,18 @@ def test_replays_in_a_graph_with_counts_that_change():
     graph.replay()
     assert torch.equal(out[:7], first[:7])
     assert not out[7:].any()
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_interleave_in_place_is_interleave_in_the_same_bytes(in_turns):
+    both = torch.randn(3, 32, 5)
+    gate, up = (both[:, ::2], both[:, 1::2]) if in_turns else (both[:, :16], both[:, 16:])
+    wanted, rows, at = gemm.interleave(gate, up), both.clone(), both.data_ptr()
+    got = gemm.interleave_(both, in_turns=in_turns)
+    assert torch.equal(got, wanted)
+    assert got.data_ptr() == at
+    if not in_turns:  # the docstring's example
+        assert torch.equal(got[:, 17], rows[:, 9])
+        assert torch.equal(got[:, 8], rows[:, 16])
+    with pytest.raises(ValueError, match="multiple of 16, got 24"):
+        gemm.interleave_(both[:, :24])
