@@ -23,7 +23,8 @@ from ranks import ranks, world_of_mpi
 import epmoe.transformers
 from epmoe import BalanceRule, EpmoeError, local
 from epmoe.transformers.activation import activation_of
-from epmoe.transformers.weights import slots_of
+from epmoe.transformers.device import device_of, fields_for
+from epmoe.transformers.weights import Shape, slots_of
 
 CLOSE = 1e-5
 HOOKS = ()
@@ -221,7 +222,7 @@ def experts(gate_up, down, **flags):
     module = torch.nn.Module()
     module.gate_up_proj = torch.nn.Parameter(gate_up)
     module.down_proj = torch.nn.Parameter(down)
-    vars(module).update(has_gate=True, has_bias=False, is_transposed=False, **flags)
+    vars(module).update({"has_gate": True, "has_bias": False, "is_transposed": False} | flags)
     return module
 
 
@@ -243,6 +244,53 @@ def test_slots_are_the_stored_bytes(interleaved, transposed):
         assert torch.equal(parameter, was)
     held = {t.untyped_storage().data_ptr() for t in slots.values()}
     assert held == set(before)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_slots_of_a_gpu_are_the_stored_bytes_in_another_order(interleaved, transposed):
+    both, down, bias = torch.randn(3, 32, 6), torch.randn(3, 6, 16), torch.randn(3, 32)
+    stored = [t.transpose(1, 2).contiguous() if transposed else t.clone() for t in (both, down)]
+    module = experts(*stored, is_transposed=transposed, has_bias=True)
+    module.gate_up_proj_bias = torch.nn.Parameter(bias.clone())
+    module.down_proj_bias = torch.nn.Parameter(torch.randn(3, 6))
+    before = [p.untyped_storage().data_ptr() for p in module.parameters()]
+    slots = slots_of(module, interleaved=interleaved, restride=True, joined=True)
+    assert set(slots) == {"w13", "w2", "b13", "b2"}
+    # Gate 9 and up 9 of every slot: the second block of eight, its second row.
+    gate, up = (18, 19) if interleaved else (9, 16 + 9)
+    for name, stored_rows in (("w13", both), ("b13", bias)):
+        assert torch.equal(slots[name][:, 17], stored_rows[:, gate])
+        assert torch.equal(slots[name][:, 25], stored_rows[:, up])
+    assert torch.equal(slots["w2"], down)
+    assert all(t.is_contiguous() for t in slots.values())
+    assert [slots[n].untyped_storage().data_ptr() for n in ("w13", "w2")] == before[:2]
+    assert module.gate_up_proj.dim() == 4  # what else computes with it raises
+    assert torch.equal(module.gate_up_proj_bias, bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": torch.float32}, "on a cuda device must be in torch.bfloat16, got torch.float32"),
+        ({"inner": 96}, "multiples of 64, got 128 and 96"),
+        ({}, "heap must fit experts on a cuda device, got 'host'"),
+    ],
+)
+def test_what_a_gpu_does_not_compute_is_refused_by_name(change, said):
+    shape = Shape(4, 128, 64, torch.bfloat16, torch.device("cuda", 0))
+    assert fields_for(shape, {}) == {"heap": "cuda", "max_rows": 4096, "dtype": "bf16"}
+    with pytest.raises(ValueError, match=said):
+        fields_for(shape._replace(**change), {} if change else {"heap": "host"})
+
+
+def test_experts_of_one_heap_are_on_one_device():
+    here = Shape(4, 128, 64, torch.bfloat16, torch.device("cpu"))
+    assert device_of([here, here]) == here.device
+    with pytest.raises(ValueError, match="one CPU or CUDA device, got cpu, cuda:1"):
+        device_of([here, here._replace(device=torch.device("cuda", 1))])
+    with pytest.raises(ValueError, match="one CPU or CUDA device, got meta"):
+        device_of([here._replace(device=torch.device("meta"))])
 
 
 def test_importing_the_adapter_does_not_import_transformers():

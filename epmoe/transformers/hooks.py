@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,13 +17,12 @@ from epmoe.transformers.stack import PARTS, Part, Stack, adopt
 
 NAME = "epmoe"
 OWN_ROWS = "epmoe_own_rows"
-DEFAULTS: dict[str, Any] = {"max_rows": 1024}
 
 
 class Registered:
     """What the last ``register`` was told; models that are built later use it."""
 
-    options: dict[str, Any] = DEFAULTS
+    options: Mapping[str, Any] = MappingProxyType({})
     exchange = True
 
 
@@ -29,7 +30,8 @@ def register(*, exchange: bool = True, **options: Any) -> tuple[str, ...]:
     """Make ``"epmoe"`` a name that transformers knows; which of its hooks there are.
 
     ``options`` are fields of ``MoEConfig`` that a model does not decide: ``max_rows`` (1024 unless
-    given), ``freight``, ``stall_s``, ``open_s``, ``heap``.
+    given, 4096 on a GPU), ``freight``, ``stall_s``, ``open_s``, ``heap`` (unless given, "cuda" for
+    experts on a GPU and "host" for others).
 
     Ranks may hold different numbers of rows, and more than ``max_rows``: then they are cut into
     chunks, which every rank must cut alike, so the first layer of every forward exchanges the row
@@ -43,7 +45,7 @@ def register(*, exchange: bool = True, **options: Any) -> tuple[str, ...]:
             )
     # From 5.0 to 5.6 there is the interface, but a closed list of names beside it.
     interface = _require("transformers.integrations.moe", "ExpertsInterface", "5.8")
-    Registered.options, Registered.exchange = DEFAULTS | options, exchange
+    Registered.options, Registered.exchange = options, exchange
     interface.register(NAME, experts_forward)
     try:
         many = _require("transformers.distributed.expert_parallel", "EPImplementation", "5.23")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from epmoe import Balancer, EpmoeError, ForwardContext, Group, MoE, MoEConfig
 from epmoe.transformers.activation import activation_of
-from epmoe.transformers.weights import shape_of, slots_of, stored_by
+from epmoe.transformers.device import capturing, current, device_of, fields_for
+from epmoe.transformers.weights import laid_out, shape_of, slots_of, stored_by
 
 OPEN_S = 600.0  # ranks may read their checkpoints at different speed
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Stack:
@@ -33,6 +33,7 @@ class Stack:
         self.balancer: Balancer | None = None
         self.idle = False  # this rank has no tokens: what the model is fed is for show
         self.closed = False
+        self.device = torch.device("cpu")  # where the experts are, known when the stack opens
         self._group: Group | None = None
         self._rows: tuple[int, ...] | None = None
 
@@ -43,23 +44,35 @@ class Stack:
         if self.moes:
             return
         parts = [part for part in (ref() for ref in self.parts) if part is not None]
+        if capturing():
+            raise EpmoeError("a capture cannot open the experts: call layers(model) before it")
         alone = self.process_group is None
         group = Group.alone() if alone else Group.from_torch(self.process_group)
         try:
             configs: list[MoEConfig] = []
             with group.guarded("reading the experts of a model", OPEN_S):
+                self.device = device_of(shape_of(part.experts) for part in parts)
                 for index, part in enumerate(parts):
                     part.index = index
                     configs.append(self._config(part, choices, group.size))
-            moes = MoE.open_all(configs, group)
-            self.closed = True  # until every layer is loaded: half-turned weights are of no use
-            for part, moe in zip(parts, moes, strict=True):
-                moe.load(**slots_of(part.experts, interleaved=part.interleaved, restride=alone))
+            with current(self.device):
+                moes = MoE.open_all(configs, group)
+                self.closed = True  # until all is loaded: half-turned weights are of no use
+                for part, moe in zip(parts, moes, strict=True):
+                    experts = part.experts
+                    moe.load(
+                        **slots_of(
+                            experts,
+                            interleaved=part.interleaved,
+                            restride=alone,
+                            joined=laid_out(experts),
+                        )
+                    )
         except BaseException as error:
             group.close(error)
             raise
         self.moes, self._group, self.closed = moes, group, False
-        weakref.finalize(self, _collected, self.moes[0], group).atexit = False
+        weakref.finalize(self, _collected, moes[0], group, self.device).atexit = False
 
     def run(self, part: Part, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One layer's forward for the rows of this rank; ids past the last expert are no choice."""
@@ -68,14 +81,17 @@ class Stack:
         moe = self.moes[part.index]
         if self.idle:
             given, x, ids, weights = x, x[:0], ids[:0], weights[:0]
-        if part.index == 0:
-            self._begin(len(x), moe)
-        out = moe(
-            x.to(part.dtype).contiguous(),
-            ids.masked_fill(ids >= moe.config.experts, -1),
-            weights.float().contiguous(),
-            context=None if self._rows is None else ForwardContext(rows=self._rows),
-        )
+        if self.device.type == "cpu":  # a GPU's kernels see by themselves that it is no choice
+            ids = ids.masked_fill(ids >= moe.config.experts, -1)
+        with current(self.device):
+            if part.index == 0:
+                self._begin(len(x), moe)
+            out = moe(
+                x.to(part.dtype).contiguous(),
+                ids.contiguous(),
+                weights.float().contiguous(),
+                context=None if self._rows is None else ForwardContext(rows=self._rows),
+            )
         return torch.zeros_like(given) if self.idle else out.to(x.dtype)
 
     @property
@@ -87,15 +103,23 @@ class Stack:
         """Local; a later forward raises."""
         self.closed = True
         if self._group is not None:
-            _release(self.moes[0], self._group)
+            _release(self.moes[0], self._group, self.device)
 
     def _begin(self, rows: int, moe: MoE) -> None:
         """A step of the model begins: who has how many rows, and whether experts should move."""
         group = self._group
-        if self.balancer is not None:
+        if self.balancer is not None and not capturing():
             self.balancer.step()
-        if group is None or not self.exchange:
+        if group is None or group.size == 1:
+            self._rows = (rows,)
             return
+        if not self.exchange:
+            return
+        if capturing():
+            raise EpmoeError(
+                "a captured forward cannot exchange row counts with other ranks: "
+                "register(exchange=False), with max_rows for the largest batch of a rank"
+            )
         said = group.allgather(
             rows.to_bytes(8, "little"), what="rows of a step", limit_s=moe.config.stall_s
         )
@@ -105,10 +129,6 @@ class Stack:
         stored, shape = stored_by(part.experts), shape_of(part.experts)
         act = activation_of(part.experts, gated=stored.gated)
         part.interleaved, part.dtype = act.interleaved, shape.dtype
-        if shape.dtype not in DTYPES:
-            raise ValueError(
-                f"experts must be in {' or '.join(map(str, DTYPES))}, got {shape.dtype}"
-            )
         if shape.slots != part.slots:
             raise ValueError(
                 f"each rank must hold whole experts ({part.slots} of them), got {shape.slots}: "
@@ -119,12 +139,11 @@ class Stack:
             choices=choices,
             hidden=shape.hidden,
             inner=shape.inner,
-            dtype=DTYPES[shape.dtype],
             activation=act.name,
             clamp=act.clamp,
             bias=stored.bias,
             name=f"experts {part.index}",
-            **self.options,
+            **fields_for(shape, self.options),
         )
 
 
@@ -159,7 +178,7 @@ class Part:
             return True
         moved = stack.moes[self.index].epoch > 0 or stack.moes[self.index].moving
         turned = stored_by(self.experts).transposed and stack.process_group is not None
-        return not (moved or turned)
+        return not (moved or turned or laid_out(self.experts))
 
 
 # A compiled graph can carry a number, not an object: this is how the call finds its layer again.
@@ -181,15 +200,16 @@ def adopt(experts: nn.Module, options: Mapping[str, Any], stack: Stack | None = 
     return part
 
 
-def _release(moe: MoE, group: Group) -> None:
-    moe.close()
+def _release(moe: MoE, group: Group, device: torch.device) -> None:
+    with current(device):
+        moe.close()
     group.close()
 
 
-def _collected(moe: MoE, group: Group) -> None:
+def _collected(moe: MoE, group: Group, device: torch.device) -> None:
     """The collector may come in the middle of a trace, where torch would trace ``close`` as well;
     a thread of its own is in no trace.  At exit the process gives everything back anyway."""
-    thread = threading.Thread(target=_release, args=(moe, group))
+    thread = threading.Thread(target=_release, args=(moe, group, device))
     thread.start()
     thread.join()
 

@@ -9,17 +9,20 @@ Nothing is copied: a slot is a view of the bytes that the module's parameters ow
     up_proj      (E, I, H)   no gate              w1 = all of it
     down_proj    (E, H, I), or (E, I, H) turned   w2 = all of it
 
-Only biases, which are small, may be copied.
+On a GPU gate and up are one tensor, w13, in blocks of rows (``epmoe.interleave_``): they are moved
+there within their own bytes, slot by slot.  Only biases, which are small, may be copied.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from epmoe import interleave_
 
 
 class Stored(NamedTuple):
@@ -44,12 +47,13 @@ def stored_by(experts: nn.Module) -> Stored:
 
 
 class Shape(NamedTuple):
-    """Slots of this rank, hidden and inner width, dtype."""
+    """Slots of this rank, hidden and inner width, dtype, and where they are."""
 
     slots: int
     hidden: int
     inner: int
     dtype: torch.dtype
+    device: torch.device
 
 
 def shape_of(experts: nn.Module) -> Shape:
@@ -57,15 +61,21 @@ def shape_of(experts: nn.Module) -> Shape:
     down = _local(experts, "down_proj")
     slots, a, b = down.shape
     hidden, inner = (b, a) if stored_by(experts).transposed else (a, b)
-    return Shape(slots, hidden, inner, down.dtype)
+    return Shape(slots, hidden, inner, down.dtype, down.device)
 
 
-def slots_of(experts: nn.Module, *, interleaved: bool, restride: bool) -> dict[str, Tensor]:
+def slots_of(
+    experts: nn.Module, *, interleaved: bool, restride: bool, joined: bool = False
+) -> dict[str, Tensor]:
     """``w1``, ``w3``, ``w2`` and the biases for ``MoE.load``.  Call it once for each module.
 
     Where the stored matrices are transposed they are turned in place, one slot at a time.  With
     ``restride`` the parameter then gets the strides under which it still reads as before; one that
     is spread over ranks must keep its strides, so it reads as nonsense from then on.
+
+    ``joined`` (see ``laid_out``): gate and up come back as ``w13``, and ``gate_up_proj`` reads as
+    nonsense, too.  With ``restride`` it gets a fourth dimension, so that no other implementation
+    computes with it.
     """
     stored = stored_by(experts)
     up_name = "gate_up_proj" if stored.gated else "up_proj"
@@ -81,10 +91,22 @@ def slots_of(experts: nn.Module, *, interleaved: bool, restride: bool) -> dict[s
             tensors["b2"] = _local(experts, "down_proj_bias").contiguous()
         both = {"w": first} | ({"b": _local(experts, up_name + "_bias")} if stored.bias else {})
         for letter, tensor in both.items():
+            if joined:
+                own = tensor if letter == "w" else tensor.clone()
+                tensors[letter + "13"] = interleave_(own, in_turns=interleaved)
+                continue
             halves = _halves(tensor, interleaved) if stored.gated else (tensor,)
             for name, half in zip("13", halves, strict=False):
                 tensors[letter + name] = half if letter == "w" else half.contiguous()
+        if joined and restride:
+            parameter: Any = experts.gate_up_proj
+            parameter.data = first.view(len(first), -1, 16, first.shape[2])
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def laid_out(experts: nn.Module) -> bool:
+    """Whether loading moves gate and up to the places that a GPU's kernels read them from."""
+    return stored_by(experts).gated and shape_of(experts).device.type == "cuda"
 
 
 def _halves(both: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
