@@ -35,8 +35,9 @@ def register(*, exchange: bool = True, **options: Any) -> tuple[str, ...]:
 
     Ranks may hold different numbers of rows, and more than ``max_rows``: then they are cut into
     chunks, which every rank must cut alike, so the first layer of every forward exchanges the row
-    counts over the group's sockets.  With ``exchange=False`` nothing is exchanged, which a captured
-    graph needs, and a rank that brings more than ``max_rows`` rows gets a ``ValueError``.
+    counts over the group's sockets; a captured forward does so once, while it is captured, so that
+    all ranks must capture and replay the same steps.  With ``exchange=False`` nothing is exchanged,
+    and a rank that brings more than ``max_rows`` rows gets a ``ValueError``.
     """
     for name in options:
         if name not in ("max_rows", "freight", "stall_s", "open_s", "heap"):

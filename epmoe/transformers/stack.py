@@ -115,11 +115,6 @@ class Stack:
             return
         if not self.exchange:
             return
-        if capturing():
-            raise EpmoeError(
-                "a captured forward cannot exchange row counts with other ranks: "
-                "register(exchange=False), with max_rows for the largest batch of a rank"
-            )
         said = group.allgather(
             rows.to_bytes(8, "little"), what="rows of a step", limit_s=moe.config.stall_s
         )
