@@ -17,8 +17,9 @@ from epmoe.kernels.compile import CompiledKernel, Launch, compile_kernel
 from epmoe.kernels.gemm import BLOCK, THREADS, interleave, processors_of, tensor_map
 
 SHARED = 231296  # what a CTA may have, less 1024 that the static word makes; cu/round.cu checks
-COMMUNICATORS = 8  # CTAs that move rows: 8 to 16 saturate the link (measured), whole clusters of 2
 LAG = 2  # FC2 of a block comes this many times all clusters' tiles behind its FC1
+GROUP = 16  # cu/tiles.cuh
+ROLES, NOTES, NOTE = 6, 4096, 16  # cu/trace.cuh: roles of a CTA, notes of a role, bytes of a note
 
 
 class Worded(Protocol):
@@ -40,15 +41,16 @@ class FusedOps:
         layer: int,
         lane: int,
         words: Worded,
-        counted: bool | None = None,
-        communicators: int = COMMUNICATORS,
+        counted: bool = True,
+        communicators: int | None = None,
         tall: int | None = None,
         trace: bool = False,
     ) -> None:
         """``tall``: as in ``grouped_gemm``; None lets the rows that a slot expects decide.
 
-        ``counted``: tiles by a counter; None means on the wide path only, where it was faster.
-        ``trace``: add up where time goes, in ``trace`` (cu/trace.cuh).
+        ``counted``: tiles by a counter that all CTAs share, else by a fixed stride.
+        ``communicators``: CTAs that move rows; None: what ``movers`` says.
+        ``trace``: note what each role does when, in ``notes`` (cu/trace.cuh).
         """
         if config.dtype != "bf16" or config.format != "plain":
             raise EpmoeError(
@@ -62,53 +64,39 @@ class FusedOps:
         self.config, self._words = config, words
         self._tall = few_rows(config, words.ranks) if tall is None else tall
         ranks, local = words.ranks, config.slots_per_rank(words.ranks)
-        most = ranks * config.max_rows * min(config.choices, local)
-        self.pool = -(-(most + local * (BLOCK - 1)) // BLOCK) * BLOCK
-        self._grid = processors_of(torch.cuda.current_device()) // 2 * 2
+        communicators = communicators or movers(config)
+        self.grid = processors_of(torch.cuda.current_device()) // 2 * 2
+        blocks = most_blocks(config, ranks)
+        self.ring = ring_blocks(config, ranks, self.grid, communicators, self._tall) * BLOCK
 
         def cuda(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device="cuda")
 
         self.loads = cuda(config.places, dtype=torch.int64)
-        self.origin = cuda(self.pool, dtype=torch.int64)
-        self.scale = cuda(self.pool, dtype=torch.float32)
-        self.rows = cuda(self.pool, config.hidden, dtype=torch.bfloat16)
-        self.mid = cuda(self.pool, config.inner, dtype=torch.bfloat16)
-        self.results = cuda(self.pool, config.hidden, dtype=torch.bfloat16)
-        blocks = self.pool // BLOCK
-        self.progress = cuda(2, 3, blocks, dtype=torch.int32)
-        self.scratch = cuda(self._grid, 4 * local + 4, dtype=torch.int32)
+        self.origin = cuda(self.ring, dtype=torch.int64)
+        self.scale = cuda(self.ring, dtype=torch.float32)
+        self.rows = cuda(self.ring, config.hidden, dtype=torch.bfloat16)
+        self.mid = cuda(self.ring, config.inner, dtype=torch.bfloat16)
+        self.results = cuda(self.ring, config.hidden, dtype=torch.bfloat16)
+        self.progress = cuda(2, 4, blocks, dtype=torch.int32)
+        self.scratch = cuda(self.grid, 4 * local + 4, dtype=torch.int32)
         self.numbers = cuda(8, dtype=torch.int32)  # cu/exchange.cuh Counter
-        self.trace = cuda(self._grid, 24, dtype=torch.int64)  # cu/trace.cuh
-        self._private = struct.pack(
-            "<10QII",
-            self.loads.data_ptr(),
-            self.origin.data_ptr(),
-            self.scale.data_ptr(),
-            self.rows.data_ptr(),
-            self.mid.data_ptr(),
-            self.results.data_ptr(),
-            self.progress.data_ptr(),
-            self.scratch.data_ptr(),
-            self.numbers.data_ptr(),
-            self.trace.data_ptr(),
-            blocks,
-            0,
-        )
+        noted = self.grid * ROLES * NOTES * NOTE if trace else 0
+        self.notes = cuda(noted, dtype=torch.uint8)
         self._kernel = compiled(
             config,
             ranks,
             placed,
             layer,
             lane,
-            counted=not self._tall if counted is None else counted,
+            counted=counted,
             communicators=communicators,
-            grid=self._grid,
+            grid=self.grid,
             tall=self._tall,
             trace=trace,
         )
         self._weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-        self._maps = b""
+        self._maps = self._private = b""
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """The slots' weights, gate and up interleaved; before the first round and any capture."""
@@ -135,6 +123,9 @@ class FusedOps:
         else:
             boxes = ((rows, 64), (w1, 128), (mid, 64), (w2, 128), (results, 64))
         self._maps = b"".join(tensor_map(tensor, box) for tensor, box in boxes)
+        pools = [self.origin, self.scale, self.rows, self.mid, self.results]
+        kept = [self.loads, *pools, self.progress, self.scratch, self.numbers, self.notes, w1]
+        self._private = struct.pack("<12Q", *(t.data_ptr() for t in kept), w1.nbytes)
 
     def round(
         self,
@@ -162,7 +153,7 @@ class FusedOps:
         )
         Launch(
             self._kernel,
-            (self._grid,),
+            (self.grid,),
             THREADS,
             [self._maps, self._words.world(), self._private, call],
             cluster=2,
@@ -179,6 +170,42 @@ def few_rows(config: MoEConfig, ranks: int) -> int:
     return 128 if config.max_rows * config.choices * ranks <= 32 * config.places else 0
 
 
+def movers(config: MoEConfig) -> int:
+    """CTAs that move rows, whole clusters of 2: 8 to 16 saturate the link (measured).
+
+    The smaller the experts, the more bytes move for each product: on 2 GPUs 2,048 rows of
+    qwen3-30b took 556 microseconds with 8 and 376 with 16; dsv3 2,434 with 8 and 2,468 with 16.
+    """
+    return 8 if config.inner >= 2048 else 16
+
+
+def most_blocks(config: MoEConfig, ranks: int) -> int:
+    """Blocks of rows that routing can send to one rank: all rows to it, a part block a slot.
+
+    >>> most_blocks(MoEConfig(experts=4, choices=2, hidden=64, inner=64, max_rows=100), 2)
+    6
+    """
+    local = config.slots_per_rank(ranks)
+    rows = ranks * config.max_rows * min(config.choices, local)
+    return -(-(rows + local * (BLOCK - 1)) // BLOCK)
+
+
+def ring_blocks(config: MoEConfig, ranks: int, grid: int, communicators: int, tall: int) -> int:
+    """Blocks that have memory at a time.
+
+    Enough that nothing can wait for ever: FC1 runs ``LAG`` and up to a group of either GEMM ahead
+    of FC2, a batch of rows spans at most 32 blocks; and 32 more so that it seldom waits at all.
+    """
+    columns = config.inner * (2 if config.gated else 1)
+    ahead = -(-lag(grid, communicators, tall) // max(1, -(-columns // (tall or 512))))
+    return min(most_blocks(config, ranks), ahead + 2 * GROUP + 32 + 32)
+
+
+def lag(grid: int, communicators: int, tall: int) -> int:
+    """How many cluster tiles of FC1 lie between a tile of FC1 and the FC2 that needs it."""
+    return LAG * (grid - communicators) // (1 if tall else 2)
+
+
 def compiled(
     config: MoEConfig,
     ranks: int,
@@ -187,13 +214,13 @@ def compiled(
     lane: int,
     *,
     counted: bool = True,
-    communicators: int = COMMUNICATORS,
+    communicators: int | None = None,
     grid: int = 132,
     tall: int = 0,
     trace: bool = False,
 ) -> CompiledKernel:
     """The kernel for this layer's shapes and offsets; needs no GPU."""
-    at = placed.lanes[lane][layer]
+    at, communicators = placed.lanes[lane][layer], communicators or movers(config)
     defines: dict[str, int | str] = {
         "RANKS": ranks,
         "LOCAL": config.slots_per_rank(ranks),
@@ -208,8 +235,10 @@ def compiled(
         "COUNTED": int(counted),
         "TRACE": int(trace),
         "COMM": communicators,
-        "LAG": LAG * (grid - communicators) // (1 if tall else 2),
+        "LAG": lag(grid, communicators, tall),
         "TALL": tall,
+        "BLOCKS": f"{most_blocks(config, ranks)}u",
+        "RING": f"{ring_blocks(config, ranks, grid, communicators, tall)}u",
     }
     for name in ("words", "heads", "counts", "lists", "weights", "rows", "results"):
         defines[f"{name.upper()}_AT"] = f"{at[name].at}ull"

@@ -14,15 +14,17 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 import torch
-from fused_round import SPANS, weights_of
+from fused_round import weights_of
 
 from epmoe import MoE, MoEConfig
 from epmoe.cli.contest import gpus
 from epmoe.cli.ranks import on_ranks
 from epmoe.comm.layout import layout
+from epmoe.kernels import fused
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
 from epmoe.kernels.ops import VERBS
+from epmoe.kernels.trace import spans
 from epmoe.shapes import shape
 
 SMALL = MoEConfig(
@@ -34,6 +36,7 @@ CASES = {
     "fc2": {"hidden": 1024, "inner": 512, "weight_in": "fc2", "max_rows": 1500},
     "relu2": {"hidden": 192, "inner": 320, "activation": "relu2", "bias": True, "choices": 1},
     "many": {"experts": 256, "choices": 8, "max_rows": 96},
+    "ring": {"inner": 1024, "max_rows": 8000},  # more blocks may come than have memory
 }
 
 
@@ -67,8 +70,8 @@ def check(group, name, config, rounds, **how):
         weights = weights_of(replace(config, experts=config.slots_per_rank(group.size)))
         moe.load(**weights)
         words, split = moe._runtime.lanes[0].words, moe._rounds[0].ops
-        fused = FusedOps(config, moe._runtime.placed, layer=0, lane=0, words=words, **how)
-        fused.adopt(weights)
+        ours = FusedOps(config, moe._runtime.placed, layer=0, lane=0, words=words, **how)
+        ours.adopt(weights)
         for i in range(rounds):
             kind = common.choice(["any", "any", "any", "one", "masked", "none"])
             rows = rng.choice([0, 1, config.max_rows // 3, config.max_rows, config.max_rows])
@@ -79,7 +82,7 @@ def check(group, name, config, rounds, **how):
             split.round(x, ids, w, head_of(config), want)
             if rng.random() < 0.5:
                 torch.cuda._sleep(rng.randrange(2_000_000))
-            fused.round(x, ids, w, head_of(config), have)
+            ours.round(x, ids, w, head_of(config), have)
             begun = time.monotonic()
             torch.cuda.synchronize()
             words.check()
@@ -99,35 +102,45 @@ def build(config, ranks, how):
     split_kernels(config, ranks, placed, 0, 0)
 
 
+def summary(found):
+    """For each role its spans, by first begin: how often, microseconds in all, from and to."""
+    begun = min(span.begin for span in found)
+    for role in dict.fromkeys(span.role for span in found):
+        mine = [span for span in found if span.role == role]
+        ctas, parts = len({span.cta for span in mine}), []
+        for name in dict.fromkeys(span.name for span in sorted(mine, key=lambda s: s.begin)):
+            these = [span for span in mine if span.name == name]
+            first = min(s.begin for s in these) - begun
+            last = max(s.end for s in these) - begun
+            total = sum(s.end - s.begin for s in these) / ctas
+            parts.append(
+                f"{name} x{len(these) / ctas:.1f} {total / 1e3:.1f} us"
+                f" ({first / 1e3:.1f} to {last / 1e3:.1f})"
+            )
+        yield f"{role} of {ctas}: " + ", ".join(parts)
+
+
 def traced(group, name, rows, **how):
     """Mean and most microseconds of each span over the CTAs of rank 0, in a cold round."""
     config = shape(name, max_rows=rows, heap="cuda", stall_s=5.0)
     with MoE.open(config, group) as moe:
         weights = weights_of(replace(config, experts=config.slots_per_rank(group.size)))
         words = moe._runtime.lanes[0].words
-        fused = FusedOps(
+        ours = FusedOps(
             config, moe._runtime.placed, layer=0, lane=0, words=words, trace=True, **how
         )
-        fused.adopt(weights)
+        ours.adopt(weights)
         x, ids, w = batch(config, rows, "any", None)
         out, cold = torch.empty_like(x), torch.zeros(64 << 20, dtype=torch.int32, device="cuda")
         for _ in range(4):
-            cold.max()
-            fused.trace.zero_()
-            torch.cuda.synchronize()
             group.allgather(b"", what="start", limit_s=60)
-            fused.round(x, ids, w, head_of(config), out)
-        torch.cuda.synchronize()
+            cold.max()
+            torch.cuda._sleep(2_000_000)
+            ours.round(x, ids, w, head_of(config), out)
+            torch.cuda.synchronize()
         words.check()
-        movers = how.get("communicators", 8)
-        for who, part in (("movers", fused.trace[:movers]), ("tiles", fused.trace[movers:])):
-            mean, most = part.float().mean(0).tolist(), part.max(0).values.tolist()
-            spans = {
-                span: tuple(round(v / (1 if i in (7, 21) else 1755)) for v in (mean[i], most[i]))
-                for i, span in SPANS.items()
-                if most[i]
-            }
-            say(group, f"{name} {rows} {how} {who} us mean, most:", spans)
+        for line in summary(list(spans(ours.notes, ours.grid))):
+            say(group, name, rows, line)
         group.allgather(b"", what="end", limit_s=60)
 
 
@@ -137,8 +150,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--trace", default="")
+    parser.add_argument("--tight", action="store_true", help="no more ring than must be")
     asked = parser.parse_args()
-    ranks = asked.ranks or gpus()
+    ranks, roomy = asked.ranks or gpus(), fused.ring_blocks
+    if asked.tight:
+        fused.ring_blocks = lambda *given: max(1, roomy(*given) - 32)
     ways = [{"tall": tall, "counted": counted} for tall in (0, 128) for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:

@@ -159,65 +159,11 @@ def times(name, hidden, inner, experts, choices, rows):
     return {"shape": name, "rows": rows, "us": found}
 
 
-SPANS = {
-    13: "stage",
-    14: "wait C",
-    0: "loop",
-    1: "lead",
-    2: "stream",
-    3: "give",
-    4: "arrived",
-    5: "half",
-    6: "feed",
-    7: "tiles",
-    8: "flush",
-    9: "take",
-    10: "fc1",
-    11: "fc2",
-    12: "out",
-    15: "all tiles",
-    16: "find",
-    17: "load",
-    18: "land",
-    19: "store",
-    20: "wait",
-    21: "batches",
-    22: "wait Y",
-    23: "reduce",
-}
-
-
-def traced(name, hidden, inner, experts, choices, rows, **how):
-    config = MoEConfig(
-        experts=experts, choices=choices, hidden=hidden, inner=inner, max_rows=rows, heap="cuda"
-    )
-    words, _, fused = opened(config, trace=True, **how)
-    x, ids, w = batch(config, rows, "any")
-    out = torch.empty_like(x)
-    for _ in range(3):
-        fused.trace.zero_()
-        fused.round(x, ids, w, HEAD, out)
-    torch.cuda.synchronize()
-    comm = how.get("communicators", 8)
-    for who, part in (("movers", fused.trace[:comm]), ("tiles", fused.trace[comm:])):
-        mean, most = part.float().mean(0).tolist(), part.max(0).values.tolist()
-        parts = {
-            s: (
-                round(mean[i] / (1 if i in (7, 21) else 1755)),
-                round(most[i] / (1 if i in (7, 21) else 1755)),
-            )
-            for i, s in SPANS.items()
-            if most[i]
-        }
-        say(f"{name} {rows} {how} {who} us mean, most:", parts)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--trace", action="store_true")
     asked = parser.parse_args()
     small = {
         "experts": 8,
@@ -247,8 +193,6 @@ def main():
             good = good and check(config, 4, tall=tall)
         good = good and check(MoEConfig(**wide), 4, tall=tall, communicators=16)
         good = good and check(MoEConfig(**wide), 4, tall=tall, communicators=2, counted=False)
-    if asked.trace and good:
-        traced("dsv3", 7168, 2048, 32, 8, 2048)
     if asked.time and good:
         for rows in (16, 128, 512, 2048):
             found.append(times("dsv3", 7168, 2048, 32, 8, rows))

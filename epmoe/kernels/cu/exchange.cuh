@@ -1,6 +1,7 @@
 // What the communicating part of a fused round does: stage, tell, pull, push.
 //
-// Constants as in verbs.cu: RANKS, LOCAL, CHOICES, HIDDEN, MAX_ROWS, RECORD, WEIGHT_IN_FC2, *_AT.
+// Constants as in verbs.cu: RANKS, LOCAL, CHOICES, HIDDEN, MAX_ROWS, RECORD, WEIGHT_IN_FC2, *_AT; and
+// BLOCKS, the most blocks of rows that routing can send here, of which RING have memory at a time.
 #pragma once
 #include "epilogue.cuh"
 #include "signals.cuh"
@@ -13,30 +14,36 @@ constexpr int HEAD = 8;             // comm/layout.py
 constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
 static_assert(RESULT == RECORD, "pulls and pushes share a ring: a row and a result are alike");
 
-// What a rank keeps of a round for itself.  Counters of a block have two sets, one for odd and one
-// for even launches: a launch clears the set of the next one, which nobody reads meanwhile.  The
-// other counters only grow: by the same amount in every launch, `epoch` launches so far.
+// What a rank keeps of a round for itself.  Blocks are counted over all that comes in a round; block
+// b lies in the pools at b % RING, after block b - RING has been pushed out.  Counters of a block
+// have two sets, one for odd and one for even launches: a launch clears the set of the next one,
+// which nobody reads meanwhile.  The other counters only grow: by the same amount in every launch,
+// `epoch` launches so far.
 struct Private {
     u64* loads;      // [SLOTS] rows of every slot of all ranks, summed over rounds
-    u64* origin;     // [pool] source << 32 | cell
-    float* scale;    // [pool] router weights, if the second GEMM applies them
-    u8* rows;        // [pool, RECORD]
-    u16* mid;        // [pool, INNER]
-    u8* results;     // [pool, RESULT]
-    u32* blocks;     // [2][3][pool / BLOCK]: rows arrived, FC1 tiles done, FC2 tiles done
+    u64* origin;     // [RING * BLOCK] source << 32 | cell
+    float* scale;    // [RING * BLOCK] router weights, if the second GEMM applies them
+    u8* rows;        // [RING * BLOCK, RECORD]
+    u16* mid;        // [RING * BLOCK, INNER]
+    u8* results;     // [RING * BLOCK, RESULT]
+    u32* blocks;     // [2][PROGRESS][BLOCKS]: see Progress
     int* scratch;    // [grid][live_words(LOCAL)]
     u32* epoch;      // see Counter
-    u64* trace;      // [grid][SPANS], written with TRACE only
-    u32 pool_blocks, unused;
+    u64* trace;      // trace.cuh, written with TRACE only
+    const u8* weights;  // of the first GEMM
+    u64 weight_bytes;
 };
 enum Counter { EPOCH, STAGED, PLANNED, PUSHED, FINISHED, BAD, NEXT, CAME };
 // NEXT is the next tile of a counted order, 0 between launches.  CAME counts words that one CTA has
 // seen for all: C, then Y, of every launch.
-enum Progress { ARRIVED, HALF, WHOLE };
+enum Progress { ARRIVED, HALF, WHOLE, LEFT, PROGRESS };  // rows in, FC1 tiles, FC2 tiles, rows out
 
 inline u32* progress(const Private& mine, u32 epoch, u32 which) {
-    return mine.blocks + ((epoch & 1) * 3 + which) * mine.pool_blocks;
+    return mine.blocks + ((epoch & 1) * PROGRESS + which) * BLOCKS;
 }
+
+// Where a block, counted over all that comes, lies in the pools.
+inline int in_ring(u32 block) { return RING < BLOCKS ? block % RING : block; }
 
 constexpr int N1 = gated(ACT) ? 2 * INNER : INNER;  // weight rows of FC1
 constexpr int TILE_COLUMNS = TALL ? 64 : TILE_N;     // what one count of a tile stands for
@@ -118,6 +125,7 @@ inline int tell(const World& world, const Private& mine, u32 peer, const int* sl
     __syncthreads();
     if (threadIdx.x < 32) {
         int base = 0;
+#pragma unroll 1
         for (int first = 0; first < LOCAL; first += 32) {
             const int l = first + lane_index(), n = l < LOCAL ? count[peer * LOCAL + l] : 0;
             const int sum = scanned(n);
@@ -163,6 +171,7 @@ inline bool make_tables(const World& world, Tables& t, const u32* asked, u32 rou
     const u32 warp = threadIdx.x / 32;
     for (u32 job = warp; job < RANKS + 3; job += blockDim.x / 32) {
         int base = 0;
+#pragma unroll 1
         for (int from = 0; from < LOCAL; from += 32) {
             const int l = from + lane_index();
             int value = 0;
@@ -224,95 +233,161 @@ constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 32 * 8;
 // Pull turns: slot by slot, sources in turn, beginning right of me, so that every link is busy and
 // a slot's first block is complete first.  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1)
 // for a slot: rank 1's row is row 0 of the slot, mine are rows 1 and 2.
+//
+// A batch is a run of turns (of rows to push), so that it needs few blocks of the ring; it is as
+// short as lets all warps have one.
 struct Carrier {
     const World& world;
     const Private& mine;
     const Tables& t;
-    u32 epoch, round, step;    // step: from one batch to the next
-    u32 pull, push;            // this lane's next turn, next row
-    int pull_slot = 0, push_slot = 0;
+    const u32 epoch, round;
+    u32 pull_step, push_step;  // from one batch to the next
+    u32 pull, push;            // this lane's next turn, next row; past all if it has none
+    int pull_slot = 0, push_slot = 0, left_slot = 0;
     bool pushed = true, broken = false;
+    // Where the next pull goes.
+    bool aimed = false;
+    u32 row = NOWHERE, source_rank = 0, entry = 0;
     // The job of this lane, if it has one.
     bool has = false;
     u64 from = 0, to = 0;
-    u32* arrived = nullptr;
+    u32* done = nullptr;  // counts the row when it has landed
 
-    // All lanes: find the next batch.  False if there is none now; `wait`: there will be one, or
-    // all is done (or broken).
-    inline bool find(bool wait) {
-        const bool lane = lane_index() < AT_ONCE * PIECES;
-        const bool pulls = __any_sync(~0u, lane && (int)pull < t.turn[LOCAL]);
-        const bool pushes = __any_sync(~0u, lane && (int)push < t.row[LOCAL]);
-        has = false;
-        if (broken || (!pulls && !pushes)) return false;
-        if (pushes && !(pulls && pushed) && whole(lane, wait && !pulls)) {
-            find_push(lane);
-            return true;
-        }
-        if (pulls) find_pull(lane);
-        return pulls && !broken;
+    static constexpr u32 NOWHERE = ~0u;
+
+    // Warp `index` of `warps`.
+    inline Carrier(const World& world, const Private& mine, const Tables& t, u32 epoch, u32 round,
+                   u32 index, u32 warps)
+        : world(world), mine(mine), t(t), epoch(epoch), round(round) {
+        const auto share = [&](u32 all, u32& step, u32& first) {
+            const u32 width = min(AT_ONCE, max((all + warps - 1) / warps, 1u));
+            const u32 at = lane_index() / PIECES;
+            step = warps * width;
+            first = at < width ? index * width + at : NOWHERE;
+        };
+        share(t.turn[LOCAL], pull_step, pull);
+        share(t.row[LOCAL], push_step, push);
     }
 
-    inline int source(int n) const { return (world.rank + 1 + n) % RANKS; }
+    // All lanes: find the next batch.  False if none can go now; with `wait` only when all is done
+    // or broken.
+    inline bool find(bool wait) {
+        has = false;
+        u64 started = 0;
+        for (u32 turn = 1; !broken; ++turn) {
+            const bool pulls = __any_sync(~0u, pull < (u32)t.turn[LOCAL]);
+            const bool pushes = __any_sync(~0u, push < (u32)t.row[LOCAL]);
+            if (!pulls && !pushes) return false;
+            if (pulls) aim();
+            const bool fits = pulls && room();
+            if (pushes && !(fits && pushed) && whole()) {
+                find_push();
+                return true;
+            }
+            if (fits) {
+                find_pull();
+                return !broken;
+            }
+            if (!wait) return false;
+            if (turn % 64 == 0) broken = __any_sync(~0u, too_long(started));
+        }
+        return false;
+    }
 
-    inline void find_pull(bool lane) {
+    inline bool too_long(u64& started) const {
+        if (faulted(world)) return true;
+        const u64 now = global_nanoseconds();
+        if (!started) started = now;
+        if (now - started <= *reinterpret_cast<const u64*>(world.limit)) return false;
+        fail(world, STOPPED, world.rank, 3, round, push, now - started);
+        return true;
+    }
+
+    inline u32 source(u32 n) const { return (world.rank + 1 + n) % RANKS; }
+
+    inline u32 rows_in(int slot, u32 block) const {  // `block` counted over all slots
+        return min((u32)BLOCK, t.row[slot + 1] - t.row[slot] - (block - t.block[slot]) * BLOCK);
+    }
+
+    // Once a batch: where this lane's next pull goes.
+    inline void aim() {
+        if (aimed) return;
+        aimed = true;
+        row = NOWHERE;
+        if (pull >= (u32)t.turn[LOCAL]) return;
+        while (pull >= (u32)t.turn[pull_slot + 1]) ++pull_slot;
+        const u32 l = pull_slot, n = pull - t.turn[l], j = n / RANKS;
+        source_rank = source(n);
+        if (j >= (u32)t.count[source_rank][l]) return;
+        u32 place = 0;  // rows of this slot whose turn is before mine
+#pragma unroll 1
+        for (u32 i = 0; i < RANKS; ++i)
+            place += min((u32)t.count[source(i)][l], j + (i < n % RANKS));
+        entry = t.first[source_rank][l] + j;
+        row = t.block[l] * BLOCK + place;
+    }
+
+    // What was in the ring where the next batch goes has been pushed out.
+    inline bool room() {
+        if (RING == BLOCKS) return true;
+        bool good = true;
+        if (row != NOWHERE && row / BLOCK >= RING) {
+            const u32 before = row / BLOCK - RING;
+            while ((u32)t.block[left_slot + 1] <= before) ++left_slot;
+            good = load_acquire(progress(mine, epoch, LEFT) + before) >= rows_in(left_slot, before);
+        }
+        return __all_sync(~0u, good);
+    }
+
+    inline void find_pull() {
         bool bad = false;
-        if (lane && (int)pull < t.turn[LOCAL]) {
-            while ((int)pull >= t.turn[pull_slot + 1]) ++pull_slot;
-            const int l = pull_slot, n = pull - t.turn[l], r = source(n), j = n / RANKS;
-            if (j < t.count[r][l]) {
-                int place = 0;  // rows of this slot whose turn is before mine
-                for (int i = 0; i < RANKS; ++i)
-                    place += min(t.count[source(i)][l], j + (i < n % RANKS));
-                const u32 cell =
-                    at<u32>(world, world.rank, LISTS_AT)[(u64)r * CELLS + t.first[r][l] + j];
-                const u32 row = t.block[l] * BLOCK + place;
-                if (cell >= CELLS) {
-                    bad = true;
-                    fail(world, CORRUPT, r, WORD_C, round, cell, 0);
-                } else {
-                    has = true;
-                    from = world.slab[r] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
-                    to = reinterpret_cast<u64>(mine.rows) + (u64)row * RECORD;
-                    arrived = progress(mine, epoch, ARRIVED) + t.block[l] + place / BLOCK;
-                    if (lane_index() % PIECES == 0) {
-                        mine.origin[row] = (u64)r << 32 | cell;
-                        if (WEIGHT_IN_FC2) mine.scale[row] = at<float>(world, r, WEIGHTS_AT)[cell];
-                    }
+        if (row != NOWHERE) {
+            const u32 cell =
+                at<u32>(world, world.rank, LISTS_AT)[(u64)source_rank * CELLS + entry];
+            const u32 place = in_ring(row / BLOCK) * BLOCK + row % BLOCK;
+            if (cell >= CELLS) {
+                bad = true;
+                fail(world, CORRUPT, source_rank, WORD_C, round, cell, 0);
+            } else {
+                has = true;
+                from = world.slab[source_rank] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
+                to = reinterpret_cast<u64>(mine.rows) + (u64)place * RECORD;
+                done = progress(mine, epoch, ARRIVED) + row / BLOCK;
+                if (lane_index() % PIECES == 0) {
+                    mine.origin[place] = (u64)source_rank << 32 | cell;
+                    if (WEIGHT_IN_FC2)
+                        mine.scale[place] = at<float>(world, source_rank, WEIGHTS_AT)[cell];
                 }
             }
         }
-        pull += step;
-        pushed = false;
+        if (pull != NOWHERE) pull += pull_step;
+        pushed = aimed = false;
         broken = __any_sync(~0u, bad);
     }
 
     // Every row of the next batch to push has its results.
-    inline bool whole(bool lane, bool wait) {
+    inline bool whole() {
         bool good = true;
-        if (lane && (int)push < t.row[LOCAL]) {
-            while ((int)push >= t.row[push_slot + 1]) ++push_slot;
-            const int place = push - t.row[push_slot], block = place / BLOCK;
-            const int rows = t.row[push_slot + 1] - t.row[push_slot] - block * BLOCK;
-            const u32 target = tiles_of(HIDDEN, rows);
-            const u32* done = progress(mine, epoch, WHOLE) + t.block[push_slot] + block;
-            good = wait ? await_count(world, done, target) : load_acquire(done) >= target;
+        if (push < (u32)t.row[LOCAL]) {
+            while (push >= (u32)t.row[push_slot + 1]) ++push_slot;
+            const u32 block = t.block[push_slot] + (push - t.row[push_slot]) / BLOCK;
+            good = load_acquire(progress(mine, epoch, WHOLE) + block) >=
+                   tiles_of(HIDDEN, rows_in(push_slot, block));
         }
-        good = __all_sync(~0u, good);
-        if (!good && wait) broken = true;
-        return good;
+        return __all_sync(~0u, good);
     }
 
-    inline void find_push(bool lane) {
-        if (lane && (int)push < t.row[LOCAL]) {
-            const u32 row = t.block[push_slot] * BLOCK + push - t.row[push_slot];
-            const u64 origin = mine.origin[row];
+    inline void find_push() {
+        if (push < (u32)t.row[LOCAL]) {
+            const u32 at = push - t.row[push_slot], block = t.block[push_slot] + at / BLOCK;
+            const u32 place = in_ring(block) * BLOCK + at % BLOCK;
+            const u64 origin = mine.origin[place];
             has = true;
-            from = reinterpret_cast<u64>(mine.results) + (u64)row * RESULT;
+            from = reinterpret_cast<u64>(mine.results) + (u64)place * RESULT;
             to = world.slab[origin >> 32] + RESULTS_AT + (origin & 0xffffffff) * RESULT;
-            arrived = nullptr;
+            done = RING == BLOCKS ? nullptr : progress(mine, epoch, LEFT) + block;
         }
-        push += step;
+        if (push != NOWHERE) push += push_step;
         pushed = true;
     }
 };
@@ -323,6 +398,11 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
     const u32 stage = base + warp * CARRY_BYTES + lane * PIECE;
     const u32 bar = base + CARRY_BARS + (warp * 32 + lane) * 8;
     const u32 start = piece * PIECE, bytes = RECORD - start < PIECE ? RECORD - start : PIECE;
+    const bool notes = TRACE && lane == 0 && (warp == 0 || warp == CARRIERS - 1);
+    const auto lap = [&](Span span) {
+        if (notes) laps.lap(span);
+    };
+    if (notes) laps.begin();
     bar_init(bar, 1);
     bar_init_done();
     __syncwarp();
@@ -336,26 +416,22 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
         landing = nullptr;
     };
     bool more = c.find(true);
-    const auto lap = [&](int i) {
-        if (TRACE && warp == 0 && lane == 0) laps.lap(i);
-    };
-    lap(16);
+    lap(FIND_ROWS);
     while (more) {
-        if (TRACE && warp == 0 && lane == 0) laps.count(21);
         const bool has = c.has;
         const u64 to = c.to;
-        u32* const arrived = has ? c.arrived : nullptr;
+        u32* const done = has ? c.done : nullptr;
         if (has) {
             fence_async_global();
             bar_expect(bar, bytes);
             bulk_load(stage, reinterpret_cast<const void*>(c.from + start), bytes, bar);
         }
         __syncwarp();
-        lap(17);
+        lap(LOAD);
         land();
-        lap(18);
+        lap(LAND);
         more = c.find(false);
-        lap(16);
+        lap(FIND_ROWS);
         if (has) {
             bar_wait(bar, phase);
             phase ^= 1;
@@ -364,15 +440,16 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
             bulk_wait_read<0>();
         }
         __syncwarp();
-        lap(19);
-        landing = arrived;
+        lap(STORE);
+        landing = done;
         if (!more) {
             land();
-            lap(18);
+            lap(LAND);
             more = c.find(true);
-            lap(20);
+            lap(IDLE);
         }
     }
     land();
     __threadfence_system();
+    if (notes) laps.end();
 }

@@ -31,36 +31,37 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
     Hands hands{base + HAND_AT};
     Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
     Tiles stream;
-    Laps laps(mine.trace + blockIdx.x * SPANS);
-    const auto lap = [&](int i) {
-        if (TRACE && lane_index() == 0) laps.lap(i);
+    Laps laps(mine.trace, FEEDER);
+    const auto lap = [&](Span span) {
+        if (TRACE && lane_index() == 0) laps.lap(span);
     };
+    if (TRACE && lane_index() == 0) laps.begin();
     for (;;) {
-        lap(0);
         const u32 t = order.lead(clusters, blockIdx.x - COMM, all, [&] { return faulted(world); });
-        lap(1);
+        lap(TURN_ID);
         if (t >= all) break;
         stream.to(live, t);
         // Units of a group share the weights, so they follow each other.
         const int rest = t - stream.begin, unit = rest % stream.units;
-        const NarrowTile n{stream.slot, rest / stream.units, stream.row + unit * CHUNK,
+        const int row = stream.row + unit * CHUNK, block = row / BLOCK;
+        const NarrowTile n{stream.slot, rest / stream.units, in_ring(block) * BLOCK + row % BLOCK,
                            min(CHUNK, stream.rows - unit * CHUNK)};
         if (lane_index() == 0) {
-            lap(2);
-            hands.give({stream.gemm, n.slot, n.row, n.tile, n.live});
-            lap(3);
-            const int in_block = stream.rows + stream.row - n.row / BLOCK * BLOCK;
-            await_inputs(world, mine, epoch, stream.gemm, n.row / BLOCK, in_block);
-            lap(4 + stream.gemm);
-            laps.count(7);
+            lap(FIND_TILE);
+            hands.give({stream.gemm, n.slot, n.row, block, n.tile, n.live});
+            lap(HAND_ON);
+            const int in_block = stream.rows + stream.row - block * BLOCK;
+            await_inputs(world, mine, epoch, stream.gemm, block, in_block);
+            lap(stream.gemm ? WAIT_HALF : WAIT_ROWS);
             feed(ring, stream.gemm ? maps.few_mid : maps.few_rows,
                  stream.gemm ? maps.many_mid : maps.many_rows, stream.gemm ? maps.w2 : maps.w1, n,
                  ((stream.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K);
-            lap(6);
+            lap(FEED);
         }
         __syncwarp();
     }
-    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0});
+    if (TRACE && lane_index() == 0) laps.end();
+    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0, 0});
     __syncwarp();
 }
 
@@ -73,9 +74,15 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
     Weights ring{base};
     Hands hands{base + HAND_AT};
+    Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP);
+    const auto lap = [&](Span span) {
+        if (TRACE && threadIdx.x % 128 == 0) laps.lap(span);
+    };
+    if (TRACE && threadIdx.x % 128 == 0) laps.begin();
     if (TALL == 64 && group == 1) turn_give(TURN);
     for (u32 turn = 0;; ++turn) {
         const Hand hand = hands.take();
+        lap(TAKE);
         if (hand.gemm == 2) break;
         const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
         if (TALL == 64 && turn % 2 != group) {
@@ -87,11 +94,14 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
             narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(ring, whole, staging, n, group, steps);
         else
             narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps);
+        lap(hand.gemm ? FC2 : FC1);
         if (n.tile * TALL + (TALL == 128 ? (int)group * 64 : 0) >= (hand.gemm ? HIDDEN : N1)) continue;
         __threadfence();
         fence_async_global();
         group_sync(1 + group);
         if (threadIdx.x % 128 == 0)
-            add_release(progress(mine, epoch, hand.gemm ? WHOLE : HALF) + hand.row / BLOCK, 1);
+            add_release(progress(mine, epoch, hand.gemm ? WHOLE : HALF) + hand.block, 1);
+        lap(OUT);
     }
+    if (TRACE && threadIdx.x % 128 == 0) laps.end();
 }

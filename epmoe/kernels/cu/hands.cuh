@@ -20,7 +20,8 @@ struct Call {
 struct alignas(16) Hand {
     int gemm;    // 0: FC1, 1: FC2, 2: nothing more
     int slot;
-    int row;     // first row of the pool
+    int row;     // first row, as it lies in the pools
+    int block;   // its block, counted over all that comes
     int column;  // tile of columns
     int rows;    // live rows of the slot from there on, at most those of a tile
 };
@@ -40,7 +41,7 @@ struct Hands {
     inline void give(const Hand& h) {  // one thread
         bar_wait(empty(), phase ^ 1);
         asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile()), "r"(h.gemm + 4 * h.rows),
-                     "r"(h.slot), "r"(h.row), "r"(h.column)
+                     "r"(h.slot + (h.column << 16)), "r"(h.row), "r"(h.block)
                      : "memory");
         bar_arrive(full());
         next();
@@ -51,7 +52,7 @@ struct Hands {
         __syncwarp();
         if (lane_index() == 0) bar_arrive(empty());
         next();
-        return {(int)q.x % 4, (int)q.y, (int)q.z, (int)q.w, (int)q.x / 4};
+        return {(int)q.x % 4, (int)q.y & 0xffff, (int)q.z, (int)q.w, (int)q.y >> 16, (int)q.x / 4};
     }
 };
 

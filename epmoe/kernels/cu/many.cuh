@@ -29,37 +29,39 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
     Hands hands{base + HAND_AT};
     Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
     Tiles stream;
-    Laps laps(mine.trace + blockIdx.x * SPANS);
-    const auto lap = [&](int i) {
-        if (TRACE && lane_index() == 0) laps.lap(i);
+    Laps laps(mine.trace, FEEDER);
+    const auto lap = [&](Span span) {
+        if (TRACE && lane_index() == 0) laps.lap(span);
     };
+    if (TRACE && lane_index() == 0) laps.begin();
     for (;;) {
-        lap(0);
         const u32 t = order.lead(clusters, (blockIdx.x - COMM) / 2, all, [&] { return faulted(world); });
-        lap(1);
+        lap(TURN_ID);
         if (t >= all) break;
         stream.to(live, t);
         const int rest = t - stream.begin;
-        const Tile tile =
+        Tile tile =
             stream.gemm
                 ? tile_in_group<COLUMNS2>(stream.slot, stream.row / BLOCK, stream.units, rest, rank)
                 : tile_in_group<COLUMNS1>(stream.slot, stream.row / BLOCK, stream.units, rest, rank);
         if (tile.none) continue;
         if (lane_index() == 0) {
             const int rows = min(stream.rows - (tile.block * BLOCK - stream.row), BLOCK);
-            lap(2);
-            hands.give({stream.gemm, tile.slot, tile.block * BLOCK, tile.column, rows});
-            lap(3);
-            await_inputs(world, mine, epoch, stream.gemm, tile.block, rows);
-            lap(4 + stream.gemm);
-            laps.count(7);
+            lap(FIND_TILE);
+            const int block = tile.block;
+            tile.block = in_ring(block);
+            hands.give({stream.gemm, tile.slot, tile.block * BLOCK, block, tile.column, rows});
+            lap(HAND_ON);
+            await_inputs(world, mine, epoch, stream.gemm, block, rows);
+            lap(stream.gemm ? WAIT_HALF : WAIT_ROWS);
             feed(ring, stream.gemm ? maps.mid : maps.rows, stream.gemm ? maps.w2 : maps.w1, tile, rank,
                  (stream.gemm ? INNER : HIDDEN) / TILE_K);
-            lap(6);
+            lap(FEED);
         }
         __syncwarp();
     }
-    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0});
+    if (TRACE && lane_index() == 0) laps.end();
+    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0, 0});
     __syncwarp();
 }
 
@@ -71,10 +73,11 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
     Ring ring{base};
     Hands hands{base + HAND_AT};
-    Laps laps(mine.trace + blockIdx.x * SPANS);
-    const auto lap = [&](int i) {
-        if (TRACE && threadIdx.x == 0) laps.lap(i);
+    Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP);
+    const auto lap = [&](Span span) {
+        if (TRACE && thread == 0) laps.lap(span);
     };
+    if (TRACE && thread == 0) laps.begin();
     int pending = -1;  // thread 0: the counter of a tile whose stores have not landed yet
     const auto flush = [&] {
         if (pending >= 0) {
@@ -86,9 +89,9 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     };
     for (;;) {
         if (!bar_test(hands.full(), hands.phase)) flush();
-        lap(8);
+        lap(FLUSH);
         const Hand hand = hands.take();
-        lap(9);
+        lap(TAKE);
         if (hand.gemm == 2) break;
         const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K, slot = hand.slot;
         const int row = hand.row + group * 64, rows = min(64, hand.rows - (int)group * 64);
@@ -99,15 +102,15 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         float sums[TILE_N / 2];
         multiply(ring, sums, group, steps, flush);
         flush();
-        lap(10 + hand.gemm);
+        lap(hand.gemm ? FC2 : FC1);
         if (hand.gemm)
             write_out<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, maps.results, staging, slot, row,
                                                          rows, hand.column, group);
         else
             write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows,
                                                 hand.column, group);
-        lap(12);
-        const int done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.row / BLOCK;
+        lap(OUT);
+        const int done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
         if (hand.column >= (hand.gemm ? COLUMNS2 : COLUMNS1)) continue;
         if (rows == 64) {
             if (thread == 0) pending = done;
@@ -119,4 +122,5 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         }
     }
     flush();
+    if (TRACE && thread == 0) laps.end();
 }

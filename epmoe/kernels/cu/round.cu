@@ -22,11 +22,27 @@ constexpr u32 LISTS_AT_END = TABLES_AT + sizeof(Tables);  // count and place whi
 static_assert(LISTS_AT_END + (2 * SLOTS + 2) * 4 <= 231296, "the tables of the carriers do not fit");
 static_assert(TILES_SHARED <= 231296, "the tables of the tiles do not fit");
 
+inline Live live_of(const Private& mine, u8* shared) {
+    return Live(LIVE_SHARED ? reinterpret_cast<int*>(shared + LIVE_AT)
+                            : mine.scratch + blockIdx.x * live_words(LOCAL),
+                LOCAL);
+}
+
 inline int rows_of(const World& world, int l) {
     const int* counts = at<int>(world, world.rank, COUNTS_AT) + world.rank * LOCAL + l;
     int sum = 0;
     for (int r = 0; r < RANKS; ++r) sum += counts[r * SLOTS];
     return sum;
+}
+
+// One thread of a CTA that multiplies: weights of the first slots into L2 while the counts are not
+// known yet and the memory is idle; they are most likely needed if a slot expects rows at all.
+inline void prefetch_weights(const Private& mine, u32 rows) {
+    constexpr u64 PART = 16384, MOST = 24 << 20;  // half of L2, 6 us of the memory's time
+    if (rows * CHOICES * RANKS < 2 * SLOTS) return;
+    const u64 end = min(mine.weight_bytes, MOST), step = (gridDim.x - COMM) * PART;
+    for (u64 at = (blockIdx.x - COMM) * PART; at < end; at += step)
+        prefetch_bulk(mine.weights + at, min(PART, end - at));
 }
 
 // The last CTA of the launch to get here opens the next one.
@@ -57,8 +73,9 @@ inline bool words_came(const World& world, const Private& mine, Kind kind, u32 e
 }
 
 // All threads of a CTA that communicates.
+template <typename Phase>
 inline void communicate(const World& world, const Private& mine, const Call& call, u32 base,
-                        u8* shared, u32 epoch, u32 round, u32* asked) {
+                        u8* shared, u32 epoch, u32 round, u32* asked, Phase phase) {
     Tables& t = *reinterpret_cast<Tables*>(shared + TABLES_AT);
     int* count = reinterpret_cast<int*>(shared + LISTS_AT_END);
     bool good = !faulted(world);
@@ -69,20 +86,23 @@ inline void communicate(const World& world, const Private& mine, const Call& cal
         if (threadIdx.x == 0 && await_count(world, mine.epoch + STAGED, (epoch + 1) * gridDim.x))
             publish(world, WORD_C, peer, round, total);
     }
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < 3 * mine.pool_blocks;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS;
          i += COMM * blockDim.x)
         progress(mine, epoch + 1, ARRIVED)[i] = 0;
-    good = words_came(world, mine, WORD_C, epoch, round, asked) && make_tables(world, t, asked, round);
+    phase(TELL);
+    good = words_came(world, mine, WORD_C, epoch, round, asked);
+    phase(WAIT_C);
+    good = good && make_tables(world, t, asked, round);
     if (good && blockIdx.x == 0) check_heads(world, mine, round);
-    if (good && (u32)t.block[LOCAL] > mine.pool_blocks)
+    if (good && (u32)t.block[LOCAL] > BLOCKS)
         good = fail(world, CORRUPT, world.rank, WORD_C, round, t.block[LOCAL], 0);
     __syncthreads();
     if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
+    phase(PLAN);
     const u32 warp = threadIdx.x / 32;
     if (good && warp < CARRIERS) {
-        const u32 first = (warp * COMM + blockIdx.x) + lane_index() / PIECES * (COMM * CARRIERS);
-        Carrier carrier{world, mine, t, epoch, round, COMM * CARRIERS * AT_ONCE, first, first};
-        carry(carrier, base, warp, Laps(mine.trace + blockIdx.x * SPANS));
+        Carrier carrier(world, mine, t, epoch, round, warp * COMM + blockIdx.x, COMM * CARRIERS);
+        carry(carrier, base, warp, Laps(mine.trace, warp ? LAST_CARRIER : FIRST_CARRIER));
     }
     __syncthreads();
     // Y is the promise to read no mailbox and no row of this round any more.
@@ -100,61 +120,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __shared__ u32 asked[RANKS];
     const u32 base = smem(shared), warp = warp_index();
     const u32 epoch = mine.epoch[EPOCH], round = round_now(world);
-    Laps phases(mine.trace + blockIdx.x * SPANS);
-    const auto phase = [&](int i) {
-        if (TRACE && threadIdx.x == 0) phases.lap(i);
+    Laps laps(mine.trace, WHOLE_CTA);
+    const auto phase = [&](Span span) {
+        if (TRACE && threadIdx.x == 0) laps.lap(span);
     };
+    if (TRACE && threadIdx.x == 0) laps.begin();
     const bool multiplies = blockIdx.x >= COMM, feeds = warp == GROUPS * 4;
     if (multiplies && feeds && lane_index() == 0) {
         init_tiles(base);
+        prefetch_weights(mine, call.rows);
     }
     if (!faulted(world)) stage_rows(world, call.x, call.weights, call.rows);
     __syncthreads();
     if (threadIdx.x == 0) add_release(mine.epoch + STAGED, 1);
     cluster_sync();
-    phase(13);
+    phase(STAGE);
 
     const u64 everyone = (u64)COMM * THREADS + (u64)(gridDim.x - COMM) * GROUPS * 128;
     if (!multiplies) {
-        phase(14);
-        communicate(world, mine, call, base, shared, epoch, round, asked);
-        phase(15);
+        communicate(world, mine, call, base, shared, epoch, round, asked, phase);
+        phase(WORK);
         const bool good = words_came(world, mine, WORD_Y, epoch, round, asked) && !faulted(world);
+        phase(WAIT_Y);
         reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, good,
                     (u64)blockIdx.x * THREADS + threadIdx.x, everyone);
         __syncthreads();
+        phase(REDUCE);
         if (threadIdx.x == 0) leave(world, mine, good);
+        if (TRACE && threadIdx.x == 0) laps.end();
         return;
     }
     bool good = words_came(world, mine, WORD_C, epoch, round, asked);
-    phase(14);
-    const Live live(LIVE_SHARED ? reinterpret_cast<int*>(shared + LIVE_AT)
-                                : mine.scratch + blockIdx.x * live_words(LOCAL),
-                    LOCAL);
+    phase(WAIT_C);
     if (warp == 0 && good) {
+        const Live live = live_of(mine, shared);
         find_live<LOCAL, UNIT>(live, [&](int l) { return max(rows_of(world, l), 0); });
         __syncwarp();
-        good = (u32)live.block[*live.count] <= mine.pool_blocks;
+        good = (u32)live.block[*live.count] <= BLOCKS;
     }
     good = __syncthreads_and(good);
     if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
+    phase(PLAN);
     if (warp >= GROUPS * 4) {
         registers_down<FEED_REGISTERS>();
-        if (feeds) feed_stream(world, mine, maps, live, base, epoch, good);
+        if (feeds) feed_stream(world, mine, maps, live_of(mine, shared), base, epoch, good);
         cluster_sync();
     } else {
         registers_up<MULTIPLY_REGISTERS>();
         multiply_stream(mine, maps, call, base, epoch, warp / 4);
-        phase(15);
+        phase(WORK);
         bool came = true;
         if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch + 2);
         came = all_of_both(came) && !faulted(world);
-        phase(22);
+        phase(WAIT_Y);
         reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, came,
                     (u64)COMM * THREADS + (u64)(blockIdx.x - COMM) * GROUPS * 128 + threadIdx.x, everyone);
         all_of_both(true);
-        phase(23);
+        phase(REDUCE);
         if (threadIdx.x == 0) leave(world, mine, came);
+        if (TRACE && threadIdx.x == 0) laps.end();
         __syncwarp();
         cluster_sync();  // a CTA that left could still be sent arrivals
     }

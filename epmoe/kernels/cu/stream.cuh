@@ -33,6 +33,7 @@ inline int scanned(int value) {  // inclusive, over a warp
 template <int slots, int unit_rows, typename Rows>
 inline void find_live(const Live& live, Rows rows_of) {
     int blocks = 0, units = 0, found = 0;
+#pragma unroll 1
     for (int first = 0; first < slots; first += 32) {
         const int s = first + lane_index(), rows = s < slots ? rows_of(s) : 0;
         const int b = scanned((rows + BLOCK - 1) / BLOCK), u = scanned((rows + unit_rows - 1) / unit_rows);

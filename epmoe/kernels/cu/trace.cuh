@@ -1,25 +1,57 @@
-// Where the time of a round goes: cycles added up per CTA and role, with -D TRACE=1 only.
+// A look inside, with -D TRACE=1 only: what each role of each CTA did, and when.
+//
+// A role is one thread that notes the end of every span of its time.  Clocks are those of the SM;
+// the first and last note of a role carry the machine's nanoseconds too, so that clocks of different
+// SMs can be laid side by side (kernels/trace.py reads this, and the names of the spans from here).
 #pragma once
 #include "ptx.cuh"
 
 #ifndef TRACE
 #define TRACE 0
 #endif
-constexpr int SPANS = 24;  // u64 of a CTA
+enum Span {
+    STAGE, TELL, WAIT_C, PLAN, TURN_ID, FIND_TILE, HAND_ON, WAIT_ROWS, WAIT_HALF, FEED,
+    TAKE, FLUSH, FC1, FC2, OUT, FIND_ROWS, LOAD, LAND, STORE, IDLE, WORK, WAIT_Y, REDUCE, LEAVE,
+};
+enum Role { WHOLE_CTA, FEEDER, FIRST_GROUP, SECOND_GROUP, FIRST_CARRIER, LAST_CARRIER, TRACED };
 
-// One thread's clock: `lap(i)` adds the time since the last lap to span i.
+struct Note {
+    u64 end;
+    u32 length, span;
+};
+constexpr u32 NOTES = 4096;  // of a role; the first is the header, what is more is dropped
+
+struct Header {  // as long as two notes
+    u64 clock, nanoseconds, last_clock, last_nanoseconds;
+};
+
+// One thread's notes.  `lap(span)` ends the span that began at the lap before.
 struct Laps {
-    u64* spans;
-    u64 last;
+    Note* notes;
+    u64 last = 0;
+    u32 count = 2;
 
-    inline explicit Laps(u64* of_cta) : spans(of_cta), last(TRACE ? clock64() : 0) {}
-    inline void lap(int i) {
+    inline Laps(u64* trace, Role role)
+        : notes(TRACE ? reinterpret_cast<Note*>(trace) + (blockIdx.x * TRACED + role) * NOTES
+                      : nullptr) {}
+    inline void begin() {
+        if (!TRACE) return;
+        last = clock64();
+        Header* header = reinterpret_cast<Header*>(notes);
+        header->clock = last;
+        header->nanoseconds = global_nanoseconds();
+        for (u32 i = 2; i < NOTES && notes[i].end; ++i) notes[i].end = 0;
+    }
+    inline void lap(Span span) {
         if (!TRACE) return;
         const u64 now = clock64();
-        spans[i] += now - last;
+        if (count < NOTES) notes[count++] = {now, (u32)(now - last), (u32)span};
         last = now;
     }
-    inline void count(int i) {
-        if (TRACE) spans[i] += 1;
+    inline void end() {
+        if (!TRACE) return;
+        Header* header = reinterpret_cast<Header*>(notes);
+        header->last_clock = clock64();
+        header->last_nanoseconds = global_nanoseconds();
     }
 };
