@@ -21,7 +21,9 @@ from epmoe.formats.expert import expert
 from epmoe.kernels.ops import HEAD_FIELDS, VERBS
 from epmoe.sched.plan import Plan, plan, request
 
-REDUCED = 128  # rows summed at a time: the sums stay in cache, and no fresh pages are touched
+REDUCED = 1 << 19  # fp32 values summed at a time: 2 MiB, near the core, and their pages are kept
+
+Items = npt.NDArray[np.void]  # rows as opaque items, which numpy moves whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class HostPlan:
     ranks: private copies, safe to keep after the first Y has left."""
 
     plan: Plan
-    cells_R: tuple[Tensor, ...]
+    cells_R: tuple[npt.NDArray[np.int64], ...]
     rows_S: Tensor
 
 
@@ -57,34 +59,42 @@ class HostOps:
         def everywhere(name: str, dtype: torch.dtype) -> list[Tensor]:
             return [_view(slab, at[name], dtype) for slab in slabs]
 
-        self._heads = everywhere("heads", torch.int64)
-        self._counts = everywhere("counts", torch.int32)
-        self._lists = everywhere("lists", torch.int32)
+        # Small things go through numpy: a call of torch takes ten times as long.
+        self._heads = [heads.numpy() for heads in everywhere("heads", torch.int64)]
+        self._counts = [counts.numpy() for counts in everywhere("counts", torch.int32)]
+        self._lists = [lists.numpy() for lists in everywhere("lists", torch.int32)]
         self._weights = everywhere("weights", torch.float32)
-        # Records are moved as 64-bit items: their size is a multiple of 16 bytes.
-        self._rows = [rows.view(torch.int64) for rows in everywhere("rows", torch.uint8)]
-        self._results = everywhere("results", DTYPE[config.dtype])
-        self._cells = [_items(results) for results in self._results]
+        rows = everywhere("rows", torch.uint8)
         self._parts = record(config)[0]
-        self._total = torch.empty(REDUCED, config.hidden, dtype=torch.float32)
-        self._term = torch.empty_like(self._total)
-        self._pool = self._rows[0].new_empty(0, self._rows[0].shape[1])
+        # The slab is viewed, not the tensor: torch gives some empty ones a stride of 0.
+        self._staged = {
+            name: rows[self.rank][:, start : start + part.nbytes].view(part.dtype)
+            for name, (start, part) in self._parts.items()
+        }
+        self._rows = [_items(records) for records in rows]
+        results = everywhere("results", DTYPE[config.dtype])
+        self._results = results[self.rank]
+        self._cells = [_items(cells) for cells in results]
+        self._pool = rows[self.rank].new_empty(0, rows[self.rank].shape[1])
+        self._block = max(1, REDUCED // (config.choices * config.hidden))
+        self._terms = torch.empty(self._block, config.choices, config.hidden)
+        # My right neighbour first, me last: no rank is everyone's first.
+        self._peers = tuple((self.rank + 1 + step) % self.ranks for step in range(self.ranks))
 
     def stage(
         self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, head: tuple[int, ...], round: int
     ) -> None:
         """See ``Ops``.  Every peer gets its mailbox before its word, also when it is empty."""
         rows = len(x_TH)
-        mine = self._rows[self.rank][:rows].view(torch.uint8)
         staged = format_of(self.config).stage_rows(self.config, self.weights, x_TH)
-        for name, (at, part) in self._parts.items():
-            # The slab is viewed, not the tensor: torch gives some empty ones a stride of 0.
-            mine[:, at : at + part.nbytes].view(part.dtype)[:] = staged[name].flatten(1)
-        self._weights[self.rank][:rows] = weights_TK
+        for name, mine in self._staged.items():
+            mine[:rows] = staged[name].flatten(1)
+        if self.config.weight_in == "fc2":
+            self._weights[self.rank][:rows] = weights_TK
         signals.pause()
         ask = request(slots_TK, self.ranks, self.config.slots_per_rank(self.ranks))
-        head_8, counts_S, cells_R = torch.tensor(head), ask.counts_RL.view(-1), ask.cells_R()
-        for peer in self._from_my_right():
+        head_8, counts_S, cells_R = np.array(head), ask.counts_RL.reshape(-1), ask.cells_R()
+        for peer in self._peers:
             self._heads[peer][self.rank] = head_8
             self._counts[peer][self.rank] = counts_S
             signals.pause()
@@ -96,44 +106,43 @@ class HostOps:
     def wait_plan(self, round: int, limit_s: float) -> HostPlan:
         """See ``Ops``.  After the first Y a mailbox may hold the next round: copy it here."""
         asked_R = self.words.wait(C, round, limit_s)
-        heads = self._heads[self.rank].clone()
-        counts_RS = self._counts[self.rank].to(torch.int64)
+        heads = self._heads[self.rank].copy()
+        counts_RS = self._counts[self.rank].astype(np.int64)
         slots = self.config.slots_per_rank(self.ranks)
         counts_RL = counts_RS[:, self.rank * slots : (self.rank + 1) * slots]
-        cells_R = tuple(
-            self._lists[self.rank][src, :asked].to(torch.int64) for src, asked in enumerate(asked_R)
-        )
+        lists = self._lists[self.rank]
+        cells_R = tuple(lists[src, :asked].astype(np.int64) for src, asked in enumerate(asked_R))
         self._check_heads(heads, round)
         cells = self.config.max_rows * self.config.choices
+        least_R, sum_R = counts_RL.min(1).tolist(), counts_RL.sum(1).tolist()
         for src, asked in enumerate(asked_R):
-            counts_L, cells_N = counts_RL[src], cells_R[src]
-            if int(counts_L.sum()) != asked or int(counts_L.min()) < 0:
-                self._corrupt(src, round, f"counts {counts_L.tolist()} for a word of {asked} rows")
-            if asked and not 0 <= int(cells_N.min()) <= int(cells_N.max()) < cells:
+            if sum_R[src] != asked or least_R[src] < 0:
+                counts = counts_RL[src].tolist()
+                self._corrupt(src, round, f"counts {counts} for a word of {asked} rows")
+            # An entry below zero is a very large one without its sign.
+            if asked and cells_R[src].view(np.uint64).max() >= cells:
                 self._corrupt(src, round, f"a list entry outside 0..{cells - 1}")
-        return HostPlan(plan(counts_RL), cells_R, counts_RS.sum(0))
+        return HostPlan(plan(counts_RL), cells_R, torch.from_numpy(counts_RS.sum(0)))
 
     def pull(self, plan: HostPlan) -> tuple[Tensor, Tensor]:
         """See ``Ops``: the records of all asked rows, and the router weights of their choices."""
         if len(self._pool) < plan.plan.rows:  # kept: fresh pages cost more than the rows
             self._pool = self._pool.new_empty(plan.plan.rows, self._pool.shape[1])
-        records = self._pool[: plan.plan.rows]
-        weights = torch.empty(
-            plan.plan.rows if self.config.weight_in == "fc2" else 0, dtype=torch.float32
-        )
-        for src in self._from_my_right():
-            cells = plan.cells_R[src]
-            span = plan.plan.source(src)
-            torch.index_select(self._rows[src], 0, cells // self.config.choices, out=records[span])
-            if self.config.weight_in == "fc2":
-                weights[span] = self._weights[src].view(-1)[cells]
+        records, by_fc2 = self._pool[: plan.plan.rows], self.config.weight_in == "fc2"
+        weights = torch.empty(plan.plan.rows if by_fc2 else 0, dtype=torch.float32)
+        into = _items(records)
+        for src in self._peers:
+            cells, span = plan.cells_R[src], plan.plan.source(src)
+            # They are in range (wait_plan has looked); "clip" only spares numpy a second copy.
+            np.take(self._rows[src], cells // self.config.choices, out=into[span], mode="clip")
+            if by_fc2:
+                weights[span] = self._weights[src].view(-1)[torch.from_numpy(cells)]
             signals.pause()
         return records, weights
 
     def ffn(self, rows: tuple[Tensor, Tensor], plan: HostPlan) -> Tensor:
         """See ``Ops``.  A slot's rows are gathered in (source, token, choice) order: one GEMM."""
-        records, weights = rows
-        raw = records.view(torch.uint8)
+        raw, weights = rows
         parts = {
             name: raw[:, at : at + part.nbytes].view(part.dtype).view(len(raw), *part.shape)
             for name, (at, part) in self._parts.items()
@@ -154,8 +163,9 @@ class HostOps:
 
     def push(self, y_NH: Tensor, plan: HostPlan, round: int) -> None:
         """See ``Ops``.  A source with no row for me gets its Y all the same: it waits for it."""
-        for src in self._from_my_right():
-            self._cells[src][plan.cells_R[src].numpy()] = _items(y_NH[plan.plan.source(src)])
+        results = _items(y_NH)
+        for src in self._peers:
+            self._cells[src][plan.cells_R[src]] = results[plan.plan.source(src)]
             signals.pause()
             self.words.publish(Y, src, round, 0)
 
@@ -170,23 +180,23 @@ class HostOps:
         """See ``Ops``.  The cell of an unused choice holds some older round's bits: never read."""
         self.words.wait(Y, round, limit_s)
         rows, choices = slots_TK.shape
-        cells = self._results[self.rank][: rows * choices].view(rows, choices, self.config.hidden)
+        cells = self._results[: rows * choices].view(rows, choices, self.config.hidden)
         out = torch.empty(rows, self.config.hidden, dtype=DTYPE[self.config.dtype])
-        unused_TK = slots_TK < 0
-        masked = bool(unused_TK.any())
-        for start in range(0, rows, REDUCED):
-            block = slice(start, min(start + REDUCED, rows))
-            total = self._total[: block.stop - start].zero_()
-            term = self._term[: block.stop - start]
-            for k in range(choices):
-                term.copy_(cells[block, k])
-                if self.config.weight_in == "reduce":
-                    term *= weights_TK[block, k, None]
-                if masked:
-                    term.masked_fill_(unused_TK[block, k, None], 0.0)
-                total += term
+        unused_TK1, weights_TK1 = (slots_TK < 0)[:, :, None], weights_TK[:, :, None]
+        masked = bool(unused_TK1.any())
+        for start in range(0, rows, self._block):
+            block = slice(start, min(start + self._block, rows))
+            # All choices at once, as they lie: one by one took twice as long from cold memory.
+            terms = self._terms[: block.stop - start].copy_(cells[block])
+            if self.config.weight_in == "reduce":
+                terms.mul_(weights_TK1[block])
+            if masked:
+                terms.masked_fill_(unused_TK1[block], 0.0)
+            total = terms[:, 0]
+            for k in range(1, choices):
+                total.add_(terms[:, k])  # not addcmul_: it may fuse, and then rounds once
             if shared_TH is not None:
-                total += shared_TH[block]
+                total.add_(shared_TH[block])
             out[block] = total
         return out
 
@@ -194,14 +204,11 @@ class HostOps:
         """See ``Ops``."""
         for views in (self._heads, self._counts, self._lists, self._weights, self._rows):
             views.clear()
-        self._results.clear()
+        self._staged.clear()
+        self._results = self._results.new_empty(0)
         self._cells.clear()
 
-    def _from_my_right(self) -> list[int]:
-        """All ranks, my right neighbour first, me last: no rank is everyone's first."""
-        return [(self.rank + 1 + step) % self.ranks for step in range(self.ranks)]
-
-    def _check_heads(self, heads: Tensor, round: int) -> None:
+    def _check_heads(self, heads: npt.NDArray[np.int64], round: int) -> None:
         mine = heads[self.rank].tolist()
         for src, theirs in enumerate(heads.tolist()):
             for name, a, b in zip(HEAD_FIELDS, mine, theirs, strict=True):
@@ -227,7 +234,7 @@ def _view(slab: Tensor, region: Region, dtype: torch.dtype) -> Tensor:
     return slab[region.at : region.at + region.bytes].view(dtype).view(region.shape)
 
 
-def _items(rows: Tensor) -> npt.NDArray[np.void]:
+def _items(rows: Tensor) -> Items:
     """Each row as one opaque item: numpy moves such items whole.
 
     Scattering 512 rows of 2 KiB so takes 20 µs; index_copy_ in bf16 took 142, in int64 80.

@@ -25,9 +25,10 @@ PAUSE = "            signals.pause()\n"
 COUNTS = """            self._counts[peer][self.rank] = counts_S
             signals.pause()
 """
-STAGED_WEIGHTS = """        self._weights[self.rank][:rows] = weights_TK
+STAGED_WEIGHTS = """        if self.config.weight_in == "fc2":
+            self._weights[self.rank][:rows] = weights_TK
 """
-RESULTS = """            self._cells[src][plan.cells_R[src].numpy()] = _items(y_NH[plan.plan.source(src)])
+RESULTS = """            self._cells[src][plan.cells_R[src]] = results[plan.plan.source(src)]
             signals.pause()
 """
 Y_WORD = """            self.words.publish(Y, src, round, 0)
@@ -36,9 +37,7 @@ GONE = """            gone = [r for r in lacking if r in self._lost or self.seen
             pause(spins)
             lacking = [r for r in lacking if not self._came(kind, r, round)]
 """
-STAGED_ROW = (
-    "            mine[:, at : at + part.nbytes].view(part.dtype)[:] = staged[name].flatten(1)\n"
-)
+STAGED_ROW = "            mine[:rows] = staged[name].flatten(1)\n"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ MUTANTS = (
         (
             C_WORD,
             C_WORD
-            + "        signals.pause()\n        for name, (at, part) in self._parts.items():\n"
+            + "        signals.pause()\n        for name, mine in self._staged.items():\n"
             + STAGED_ROW,
         ),
     ),
@@ -91,7 +90,7 @@ MUTANTS = (
         "offsets are read in the mailbox after the first Y",
         (
             RESULTS,
-            "            asked_R = self._counts[self.rank].view(self.ranks, self.ranks, -1)[:, self.rank]\n"
+            "            asked_R = self._counts[self.rank].reshape(self.ranks, self.ranks, -1)[:, self.rank]\n"
             "            start = int(asked_R.sum(1)[:src].sum())\n"
             + RESULTS.replace("plan.plan.source(src)", "start : start + len(plan.cells_R[src])"),
         ),
@@ -109,7 +108,7 @@ MUTANTS = (
         "results go to another source",
         ("self._cells[src][plan", "self._cells[src - 1][plan"),
     ),
-    host("choices are summed in another order", ("in range(choices):", "in range(choices)[::-1]:")),
+    host("choices are summed in another order", ("in range(1, choices):", "in range(1, choices)[::-1]:")),
     host(
         "the cell of an unused choice is read",
         ("if masked:", "if False:"),
