@@ -149,12 +149,16 @@ def plain(tensor: Any) -> torch.Tensor:
 
 
 def apart(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-    """Relative error of the prefilled and the decoded positions."""
-    cut = CHECKED[1] - CHECKED[2]
-    parts = {"prefill": (slice(None), slice(cut)), "decode": (slice(None), slice(cut, None))}
-    return {
-        name: float((got[at] - wanted[at]).norm() / wanted[at].norm()) for name, at in parts.items()
-    }
+    """Relative error of the prefilled and the decoded positions: the median one, and the whole.
+
+    The whole is of those tokens whose router was torn between two experts and chose otherwise.
+    """
+    cut, found = CHECKED[1] - CHECKED[2], {}
+    for name, at in (("prefill", slice(cut)), ("decode", slice(cut, None))):
+        wrong, right = (got - wanted)[:, at].norm(dim=-1), wanted[:, at].norm(dim=-1)
+        found[name] = float((wrong / right).median())
+        found[name + ", whole"] = float(wrong.norm() / right.norm())
+    return found
 
 
 @torch.no_grad()
@@ -191,15 +195,27 @@ def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> di
         "text": texts[0][:, asked.prompt :].tolist(),
     }
     if bench.on_gpu:
-        step_s = decode_step(bench, model, cache, prefill) / (asked.new - 1)
+        replays, replay = decode_step(bench, model, cache, prefill)
+        step_s = bench.seconds(replays) / (asked.new - 1)
         found |= {"graph_decode_tokens_s": sequences / step_s, "graph_step_us": step_s * 1e6}
+        if asked.profile:
+            found["kernels_us"] = kernels_of(replay)
     return found
+
+
+def kernels_of(call: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of the kernels that take most, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    times = {e.key[:60]: e.self_device_time_total for e in seen.key_averages()}
+    return dict(sorted(times.items(), key=lambda one: -one[1])[:14])
 
 
 def decode_step(
     bench: Bench, model: Any, cache: StaticCache, prefill: Callable[[], torch.Tensor]
-) -> float:
-    """Seconds of ``new - 1`` replays of a captured step that feeds itself."""
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """``new - 1`` replays of a captured step that feeds itself; and one."""
     asked, ids = bench.asked, prefill().argmax(-1, keepdim=True)
     length = asked.prompt + asked.new + 4
     position = torch.full((1, 1), asked.prompt, device=bench.device)
@@ -220,7 +236,7 @@ def decode_step(
         for _ in range(asked.new - 1):
             replay()
 
-    return bench.seconds(replays)
+    return replays, replay
 
 
 @torch.no_grad()
@@ -267,7 +283,7 @@ def side(bench: Bench, name: str, model: Any, *, shared: bool = False) -> dict[s
 
 
 def brief(found: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:,.0f}" for k, v in found.items() if not isinstance(v, list))
+    return ", ".join(f"{k} {v:,.0f}" for k, v in found.items() if isinstance(v, float))
 
 
 def same_text(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float]:
@@ -363,6 +379,7 @@ def main() -> None:
     line.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     line.add_argument("--new", type=int, default=64, help="tokens written for each")
     line.add_argument("--max-rows", type=int, default=8192)
+    line.add_argument("--profile", action="store_true", help="kernels of the captured step")
     line.add_argument("--json", type=Path)
     line.add_argument("--tiny", action="store_true", help="a small model, also without a GPU")
     asked = line.parse_args()
