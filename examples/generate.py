@@ -5,7 +5,7 @@
 
 The folder holds a checkpoint in safetensors and its config; ``--tiny`` makes a random small one
 instead, and writes tokens, not words.  Prompts go round the ranks in turn, so that a rank may well
-have none.
+have none.  Where there are GPUs each rank takes one, and the experts must be in bfloat16.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main() -> None:
     asked = arguments()
     torch.set_num_threads(1 if asked.tiny else torch.get_num_threads())
     with Group.from_env() as group, tempfile.TemporaryDirectory() as own:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(group.local_rank)
         meet(group, own)
         folder = asked.model
         if asked.tiny:
@@ -36,9 +38,11 @@ def main() -> None:
             if group.rank == 0:
                 make_tiny(folder)
             group.allgather(b"", what="tiny model written", limit_s=300)
-        epmoe.transformers.register(max_rows=asked.max_rows)
+        epmoe.transformers.register(**({"max_rows": asked.max_rows} if asked.max_rows else {}))
         where = epmoe.transformers.spread(folder, group.size)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=asked.dtype, **where).eval()
+        if torch.cuda.is_available():
+            model.cuda()  # on many ranks it is there already
         layers = epmoe.transformers.layers(model)  # opens the heap, so that loading is not timed
 
         tokenizer = None if asked.tiny else AutoTokenizer.from_pretrained(folder)
@@ -62,9 +66,11 @@ def arguments() -> argparse.Namespace:
     line.add_argument("--tiny", action="store_true", help="make a small random model instead")
     line.add_argument("--prompt", action="append", help="may be given several times")
     line.add_argument("--new", type=int, default=32, help="tokens to write for each prompt")
-    line.add_argument("--max-rows", type=int, default=1024, help="rows of one rank in one round")
+    line.add_argument("--max-rows", type=int, help="rows of one rank in one round")
     line.add_argument("--dtype", default="auto", help="bfloat16, float32, or as stored")
     asked = line.parse_args()
+    if asked.tiny and asked.dtype == "auto" and torch.cuda.is_available():
+        asked.dtype = "bfloat16"
     if bool(asked.model) == asked.tiny:
         line.error("give either a folder or --tiny")
     return asked
