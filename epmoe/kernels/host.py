@@ -77,7 +77,8 @@ class HostOps:
         self._cells = [_items(cells) for cells in results]
         self._pool = rows[self.rank].new_empty(0, rows[self.rank].shape[1])
         self._block = max(1, REDUCED // (config.choices * config.hidden))
-        self._terms = torch.empty(self._block, config.choices, config.hidden)
+        terms = (self._block, config.choices, config.hidden)
+        self._terms = torch.empty(terms, dtype=torch.float32)
         # My right neighbour first, me last: no rank is everyone's first.
         self._peers = tuple((self.rank + 1 + step) % self.ranks for step in range(self.ranks))
 
