@@ -13,6 +13,7 @@ any number of processes may race, and one that dies while writing leaves nothing
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -116,7 +117,7 @@ class Launch:
         kernel.load(shared)
         self._driver, self._kernel, self._args = driver, kernel, list(args)
         self._cells = [_cell(a) for a in args]
-        self._table = (ctypes.c_void_p * max(1, len(args)))(
+        self._table = _array(ctypes.c_void_p, max(1, len(args)))(
             *(ctypes.addressof(c) for c in self._cells)
         )
         config = driver.CUlaunchConfig()
@@ -140,14 +141,20 @@ class Launch:
         )
 
 
+@functools.cache
+def _array(of: Any, length: int) -> Any:
+    """The type; ctypes makes it anew, for the garbage collector to find, once the last one went."""
+    return of * length
+
+
 def _cell(value: Value) -> Any:
     """The bytes of one parameter, at an address that stays; the driver copies what it needs."""
     if hasattr(value, "data_ptr"):
         return ctypes.c_uint64(value.data_ptr())
     if isinstance(value, bytes):
-        raw = (ctypes.c_char * (len(value) + 63))()
+        raw = _array(ctypes.c_char, len(value) + 63)()
         at = -ctypes.addressof(raw) % 64  # a tensor map wants 64-byte alignment on the host too
-        cell = (ctypes.c_char * len(value)).from_buffer(raw, at)
+        cell = _array(ctypes.c_char, len(value)).from_buffer(raw, at)
         cell.raw = value
         return cell
     if isinstance(value, bool | int):
