@@ -19,7 +19,7 @@ from epmoe.kernels.gemm import BLOCK, THREADS, interleave, processors_of, tensor
 SHARED = 231296  # what a CTA may have, less 1024 that the static word makes; cu/round.cu checks
 LAG = 2  # FC2 of a block comes this many times all clusters' tiles behind its FC1
 GROUP = 16  # cu/tiles.cuh
-ROLES, NOTES, NOTE = 6, 4096, 16  # cu/trace.cuh: roles of a CTA, notes of a role, bytes of a note
+ROLES, NOTES, NOTE = 7, 4096, 16  # cu/trace.cuh: roles of a CTA, notes of a role, bytes of a note
 
 
 class Worded(Protocol):

@@ -72,9 +72,11 @@ struct Head {
     long long field[HEAD];
 };
 
-// All threads of all CTAs: my rows into my slab.  The caller adds to STAGED after a barrier.
-inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows) {
-    const u64 threads = (u64)gridDim.x * blockDim.x, mine = blockIdx.x * blockDim.x + threadIdx.x;
+// All threads of all CTAs from `first` on: my rows into my slab.  The caller adds to STAGED after a
+// barrier.
+inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows, u32 first) {
+    const u64 threads = (u64)(gridDim.x - first) * blockDim.x;
+    const u64 mine = (blockIdx.x - first) * blockDim.x + threadIdx.x;
     const u64 quads = (u64)rows * (RECORD / 16);
     Quad* to = at<Quad>(world, world.rank, ROWS_AT);
     const Quad* from = reinterpret_cast<const Quad*>(x);
@@ -215,6 +217,18 @@ inline void check_heads(const World& world, const Private& mine, u32 round) {
     }
 }
 
+// The slot l >= from with before[l] <= n < before[l + 1]; there is one.
+inline int at_or_after(const int* before, int from, u32 n) {
+    if (n < (u32)before[from + 1]) return from;
+    int low = from + 1, high = LOCAL;  // before[low] <= n < before[high]
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if ((u32)before[middle] <= n) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 // Rows move in pieces of up to 7 KiB, one lane of a carrying warp to a piece: a batch of pieces is
 // on its way in while the batch before it is still being written and the jobs of the next are
 // looked up.  One thread with one row at a time cannot hide what it waits for: its list entry, its
@@ -315,7 +329,7 @@ struct Carrier {
         aimed = true;
         row = NOWHERE;
         if (pull >= (u32)t.turn[LOCAL]) return;
-        while (pull >= (u32)t.turn[pull_slot + 1]) ++pull_slot;
+        pull_slot = at_or_after(t.turn, pull_slot, pull);
         const u32 l = pull_slot, n = pull - t.turn[l], j = n / RANKS;
         source_rank = source(n);
         if (j >= (u32)t.count[source_rank][l]) return;
@@ -333,7 +347,7 @@ struct Carrier {
         bool good = true;
         if (row != NOWHERE && row / BLOCK >= RING) {
             const u32 before = row / BLOCK - RING;
-            while ((u32)t.block[left_slot + 1] <= before) ++left_slot;
+            left_slot = at_or_after(t.block, left_slot, before);
             good = load_acquire(progress(mine, epoch, LEFT) + before) >= rows_in(left_slot, before);
         }
         return __all_sync(~0u, good);
@@ -369,7 +383,7 @@ struct Carrier {
     inline bool whole() {
         bool good = true;
         if (push < (u32)t.row[LOCAL]) {
-            while (push >= (u32)t.row[push_slot + 1]) ++push_slot;
+            push_slot = at_or_after(t.row, push_slot, push);
             const u32 block = t.block[push_slot] + (push - t.row[push_slot]) / BLOCK;
             good = load_acquire(progress(mine, epoch, WHOLE) + block) >=
                    tiles_of(HIDDEN, rows_in(push_slot, block));
@@ -393,16 +407,11 @@ struct Carrier {
 };
 
 // One warp, `warp` of its CTA: all its rows.
-inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
+inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
     const u32 lane = lane_index(), piece = lane % PIECES;
     const u32 stage = base + warp * CARRY_BYTES + lane * PIECE;
     const u32 bar = base + CARRY_BARS + (warp * 32 + lane) * 8;
     const u32 start = piece * PIECE, bytes = RECORD - start < PIECE ? RECORD - start : PIECE;
-    const bool notes = TRACE && lane == 0 && (warp == 0 || warp == CARRIERS - 1);
-    const auto lap = [&](Span span) {
-        if (notes) laps.lap(span);
-    };
-    if (notes) laps.begin();
     bar_init(bar, 1);
     bar_init_done();
     __syncwarp();
@@ -416,7 +425,7 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
         landing = nullptr;
     };
     bool more = c.find(true);
-    lap(FIND_ROWS);
+    laps.lap(FIND_ROWS);
     while (more) {
         const bool has = c.has;
         const u64 to = c.to;
@@ -427,11 +436,11 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
             bulk_load(stage, reinterpret_cast<const void*>(c.from + start), bytes, bar);
         }
         __syncwarp();
-        lap(LOAD);
+        laps.lap(LOAD);
         land();
-        lap(LAND);
+        laps.lap(LAND);
         more = c.find(false);
-        lap(FIND_ROWS);
+        laps.lap(FIND_ROWS);
         if (has) {
             bar_wait(bar, phase);
             phase ^= 1;
@@ -440,16 +449,16 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps laps) {
             bulk_wait_read<0>();
         }
         __syncwarp();
-        lap(STORE);
+        laps.lap(STORE);
         landing = done;
         if (!more) {
             land();
-            lap(LAND);
+            laps.lap(LAND);
             more = c.find(true);
-            lap(IDLE);
+            laps.lap(IDLE);
         }
     }
     land();
     __threadfence_system();
-    if (notes) laps.end();
+    laps.end();
 }

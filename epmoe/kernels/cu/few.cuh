@@ -23,46 +23,65 @@ inline void init_tiles(u32 base) {
     bar_init_done();
 }
 
-// The feeding warp: tiles in the order of the stream.  Weights depend on nothing.
-inline void feed_stream(const World& world, const Private& mine, const Maps& maps, const Live& live,
-                        u32 base, u32 epoch, bool good) {
+inline void prefetch_maps(const Maps& maps) {
+    for (const TensorMap* map : {&maps.few_rows, &maps.many_rows, &maps.w1, &maps.few_mid,
+                                 &maps.many_mid, &maps.w2})
+        prefetch_map(*map);
+}
+
+// The scouting warp: which tiles, in the order of the stream.
+inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base,
+                         bool good) {
     const u32 clusters = gridDim.x - COMM, all = good ? Tiles::tiles(live) : 0;
-    Weights ring{base};
     Hands hands{base + HAND_AT};
     Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
     Tiles stream;
-    Laps laps(mine.trace, FEEDER);
-    const auto lap = [&](Span span) {
-        if (TRACE && lane_index() == 0) laps.lap(span);
-    };
-    if (TRACE && lane_index() == 0) laps.begin();
+    Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {
         const u32 t = order.lead(clusters, blockIdx.x - COMM, all, [&] { return faulted(world); });
-        lap(TURN_ID);
+        laps.lap(TURN_ID);
         if (t >= all) break;
         stream.to(live, t);
         // Units of a group share the weights, so they follow each other.
         const int rest = t - stream.begin, unit = rest % stream.units;
         const int row = stream.row + unit * CHUNK, block = row / BLOCK;
-        const NarrowTile n{stream.slot, rest / stream.units, in_ring(block) * BLOCK + row % BLOCK,
-                           min(CHUNK, stream.rows - unit * CHUNK)};
+        laps.lap(FIND_TILE);
+        if (lane_index() == 0)
+            hands.give({stream.gemm, false, min(CHUNK, stream.rows - unit * CHUNK),
+                        min(BLOCK, stream.rows + stream.row - block * BLOCK), stream.slot,
+                        rest / stream.units, in_ring(block) * BLOCK + row % BLOCK, block});
+        __syncwarp();
+        laps.lap(HAND_ON);
+    }
+    if (lane_index() == 0) hands.give({2});
+    __syncwarp();
+    laps.end();
+}
+
+// The feeding warp: weights depend on nothing, rows are fetched when they are there.
+inline void feed_stream(const World& world, const Private& mine, const Maps& maps, u32 base,
+                        u32 epoch) {
+    Weights ring{base};
+    Hands hands{base + HAND_AT};
+    Laps laps(mine.trace, FEEDER, lane_index() == 0);
+    for (;;) {
+        const Hand hand = hands.take();
+        laps.lap(TAKE);
+        if (hand.gemm == 2) break;
         if (lane_index() == 0) {
-            lap(FIND_TILE);
-            hands.give({stream.gemm, n.slot, n.row, block, n.tile, n.live});
-            lap(HAND_ON);
-            const int in_block = stream.rows + stream.row - block * BLOCK;
-            await_inputs(world, mine, epoch, stream.gemm, block, in_block);
-            lap(stream.gemm ? WAIT_HALF : WAIT_ROWS);
-            feed(ring, stream.gemm ? maps.few_mid : maps.few_rows,
-                 stream.gemm ? maps.many_mid : maps.many_rows, stream.gemm ? maps.w2 : maps.w1, n,
-                 ((stream.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K);
-            lap(FEED);
+            const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
+            feed(ring, hand.gemm ? maps.few_mid : maps.few_rows,
+                 hand.gemm ? maps.many_mid : maps.many_rows, hand.gemm ? maps.w2 : maps.w1, n,
+                 ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K, [&] {
+                     laps.lap(FEED);
+                     await_inputs(world, mine, epoch, hand);
+                     laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
+                 });
+            laps.lap(FEED);
         }
         __syncwarp();
     }
-    if (TRACE && lane_index() == 0) laps.end();
-    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0, 0});
-    __syncwarp();
+    laps.end();
 }
 
 // A warpgroup: what it writes goes out by ordinary stores, so a tile is counted when all have made
@@ -74,15 +93,11 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
     Weights ring{base};
     Hands hands{base + HAND_AT};
-    Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP);
-    const auto lap = [&](Span span) {
-        if (TRACE && threadIdx.x % 128 == 0) laps.lap(span);
-    };
-    if (TRACE && threadIdx.x % 128 == 0) laps.begin();
+    Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP, threadIdx.x % 128 == 0);
     if (TALL == 64 && group == 1) turn_give(TURN);
     for (u32 turn = 0;; ++turn) {
         const Hand hand = hands.take();
-        lap(TAKE);
+        laps.lap(TAKE);
         if (hand.gemm == 2) break;
         const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
         if (TALL == 64 && turn % 2 != group) {
@@ -94,14 +109,14 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
             narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(ring, whole, staging, n, group, steps);
         else
             narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps);
-        lap(hand.gemm ? FC2 : FC1);
+        laps.lap(hand.gemm ? FC2 : FC1);
         if (n.tile * TALL + (TALL == 128 ? (int)group * 64 : 0) >= (hand.gemm ? HIDDEN : N1)) continue;
         __threadfence();
         fence_async_global();
         group_sync(1 + group);
         if (threadIdx.x % 128 == 0)
             add_release(progress(mine, epoch, hand.gemm ? WHOLE : HALF) + hand.block, 1);
-        lap(OUT);
+        laps.lap(OUT);
     }
-    if (TRACE && threadIdx.x % 128 == 0) laps.end();
+    laps.end();
 }

@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const NarrowTile n = narrow_tile<SLOTS, TILES>(chunks, blocks, counts, t);
-            if (lane_index() == 0) feed(ring, few, many, weights, n, K_STEPS);
+            if (lane_index() == 0) feed(ring, few, many, weights, n, K_STEPS, [] {});
             __syncwarp();
         }
         if (feeds && lane_index() == 0) order.finish();

@@ -1,4 +1,4 @@
-// How tiles of a round get from the feeding warp of a CTA to its warpgroups.
+// How tiles of a round get from the scouting warp of a CTA to those who work on them.
 #pragma once
 #include "exchange.cuh"
 
@@ -16,17 +16,21 @@ struct Call {
     Head head;
 };
 
-// What the feeding warp hands to the warpgroups: one tile, or the end.
-struct alignas(16) Hand {
-    int gemm;    // 0: FC1, 1: FC2, 2: nothing more
+// What the scouting warp hands to the feeding warp and to the warpgroups: one tile, or the end.
+struct Hand {
+    int gemm;        // 0: FC1, 1: FC2, 2: nothing more
+    bool same_rows;  // as in Tile
+    int rows;        // live rows of the tile
+    int due;         // live rows of its block: what FC1 waits for
     int slot;
-    int row;     // first row, as it lies in the pools
-    int block;   // its block, counted over all that comes
-    int column;  // tile of columns
-    int rows;    // live rows of the slot from there on, at most those of a tile
+    int column;      // tile of columns
+    int row;         // first row, as it lies in the pools
+    int block;       // its block, counted over all that comes
 };
 
-constexpr u32 HANDS = 2;        // tiles handed on ahead
+// Tiles handed on ahead.  To find one takes 2 to 4 us (an id from memory, a walk along the stream);
+// when the feeding warp did it by itself, the ring ran dry at every tile.
+constexpr u32 HANDS = 2;
 constexpr u32 HAND_BYTES = 32;  // two barriers, then the tile
 
 struct Hands {
@@ -40,8 +44,9 @@ struct Hands {
     }
     inline void give(const Hand& h) {  // one thread
         bar_wait(empty(), phase ^ 1);
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile()), "r"(h.gemm + 4 * h.rows),
-                     "r"(h.slot + (h.column << 16)), "r"(h.row), "r"(h.block)
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile()),
+                     "r"(h.gemm | h.same_rows << 2 | h.rows << 8 | h.due << 16),
+                     "r"(h.slot | h.column << 16), "r"(h.row), "r"(h.block)
                      : "memory");
         bar_arrive(full());
         next();
@@ -52,21 +57,21 @@ struct Hands {
         __syncwarp();
         if (lane_index() == 0) bar_arrive(empty());
         next();
-        return {(int)q.x % 4, (int)q.y & 0xffff, (int)q.z, (int)q.w, (int)q.y >> 16, (int)q.x / 4};
+        return {(int)q.x & 3, (q.x & 4) != 0, (int)q.x >> 8 & 0xff, (int)q.x >> 16,
+                (int)q.y & 0xffff, (int)q.y >> 16, (int)q.z, (int)q.w};
     }
 };
 
 inline void hands_init(u32 base) {
     for (u32 i = 0; i < HANDS; ++i) {
         bar_init(base + i * HAND_BYTES, 1);
-        bar_init(base + i * HAND_BYTES + 8, GROUPS * 4);
+        bar_init(base + i * HAND_BYTES + 8, GROUPS * 4 + 1);
     }
 }
 
 // The feeding warp waits for what a tile reads; after a fault it goes on, and what it reads is void.
-inline void await_inputs(const World& world, const Private& mine, u32 epoch, int gemm, int block,
-                         int rows) {
-    const u32 target = gemm ? tiles_of(N1, rows) : min(rows, BLOCK);
-    await_count(world, progress(mine, epoch, gemm ? HALF : ARRIVED) + block, target);
+inline void await_inputs(const World& world, const Private& mine, u32 epoch, const Hand& hand) {
+    const u32 target = hand.gemm ? tiles_of(N1, hand.due) : hand.due;
+    await_count(world, progress(mine, epoch, hand.gemm ? HALF : ARRIVED) + hand.block, target);
     fence_async_global();  // what follows reads with the copy engine
 }

@@ -20,49 +20,67 @@ inline void init_tiles(u32 base) {
     ring_init(base);
 }
 
-// The feeding warp: tiles in the order of the stream, each when what it needs is there.
-inline void feed_stream(const World& world, const Private& mine, const Maps& maps, const Live& live,
-                        u32 base, u32 epoch, bool good) {
+inline void prefetch_maps(const Maps& maps) {
+    for (const TensorMap* map : {&maps.rows, &maps.w1, &maps.mid, &maps.w2, &maps.results})
+        prefetch_map(*map);
+}
+
+// The scouting warp: which tiles, in the order of the stream.
+inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base,
+                         bool good) {
     const u32 rank = cluster_rank(), clusters = (gridDim.x - COMM) / 2;
     const u32 all = good ? Tiles::tiles(live) : 0;
-    Ring ring{base};
     Hands hands{base + HAND_AT};
     Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
     Tiles stream;
-    Laps laps(mine.trace, FEEDER);
-    const auto lap = [&](Span span) {
-        if (TRACE && lane_index() == 0) laps.lap(span);
-    };
-    if (TRACE && lane_index() == 0) laps.begin();
+    Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {
         const u32 t = order.lead(clusters, (blockIdx.x - COMM) / 2, all, [&] { return faulted(world); });
-        lap(TURN_ID);
+        laps.lap(TURN_ID);
         if (t >= all) break;
         stream.to(live, t);
         const int rest = t - stream.begin;
-        Tile tile =
+        const Tile tile =
             stream.gemm
                 ? tile_in_group<COLUMNS2>(stream.slot, stream.row / BLOCK, stream.units, rest, rank)
                 : tile_in_group<COLUMNS1>(stream.slot, stream.row / BLOCK, stream.units, rest, rank);
+        laps.lap(FIND_TILE);
         if (tile.none) continue;
         if (lane_index() == 0) {
             const int rows = min(stream.rows - (tile.block * BLOCK - stream.row), BLOCK);
-            lap(FIND_TILE);
-            const int block = tile.block;
-            tile.block = in_ring(block);
-            hands.give({stream.gemm, tile.slot, tile.block * BLOCK, block, tile.column, rows});
-            lap(HAND_ON);
-            await_inputs(world, mine, epoch, stream.gemm, block, rows);
-            lap(stream.gemm ? WAIT_HALF : WAIT_ROWS);
-            feed(ring, stream.gemm ? maps.mid : maps.rows, stream.gemm ? maps.w2 : maps.w1, tile, rank,
-                 (stream.gemm ? INNER : HIDDEN) / TILE_K);
-            lap(FEED);
+            hands.give({stream.gemm, tile.same_rows, rows, rows, tile.slot, tile.column,
+                        in_ring(tile.block) * BLOCK, tile.block});
+        }
+        __syncwarp();
+        laps.lap(HAND_ON);
+    }
+    if (lane_index() == 0) hands.give({2});
+    __syncwarp();
+    laps.end();
+}
+
+// The feeding warp: each tile when what it needs is there.
+inline void feed_stream(const World& world, const Private& mine, const Maps& maps, u32 base,
+                        u32 epoch) {
+    const u32 rank = cluster_rank();
+    Ring ring{base};
+    Hands hands{base + HAND_AT};
+    Laps laps(mine.trace, FEEDER, lane_index() == 0);
+    for (;;) {
+        const Hand hand = hands.take();
+        laps.lap(TAKE);
+        if (hand.gemm == 2) break;
+        if (lane_index() == 0) {
+            const Tile tile{hand.slot, hand.row / BLOCK, hand.column, hand.same_rows, false};
+            await_inputs(world, mine, epoch, hand);
+            laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
+            feed(ring, hand.gemm ? maps.mid : maps.rows, hand.gemm ? maps.w2 : maps.w1, tile, rank,
+                 (hand.gemm ? INNER : HIDDEN) / TILE_K);
+            laps.lap(FEED);
         }
         __syncwarp();
     }
-    if (TRACE && lane_index() == 0) laps.end();
-    if (lane_index() == 0) hands.give({2, 0, 0, 0, 0, 0});
-    __syncwarp();
+    laps.end();
 }
 
 // A warpgroup: multiplies what it is handed, and counts a tile as done once its results can be read.
@@ -73,11 +91,7 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
     Ring ring{base};
     Hands hands{base + HAND_AT};
-    Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP);
-    const auto lap = [&](Span span) {
-        if (TRACE && thread == 0) laps.lap(span);
-    };
-    if (TRACE && thread == 0) laps.begin();
+    Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP, thread == 0);
     int pending = -1;  // thread 0: the counter of a tile whose stores have not landed yet
     const auto flush = [&] {
         if (pending >= 0) {
@@ -89,9 +103,9 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     };
     for (;;) {
         if (!bar_test(hands.full(), hands.phase)) flush();
-        lap(FLUSH);
+        laps.lap(FLUSH);
         const Hand hand = hands.take();
-        lap(TAKE);
+        laps.lap(TAKE);
         if (hand.gemm == 2) break;
         const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K, slot = hand.slot;
         const int row = hand.row + group * 64, rows = min(64, hand.rows - (int)group * 64);
@@ -102,14 +116,14 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         float sums[TILE_N / 2];
         multiply(ring, sums, group, steps, flush);
         flush();
-        lap(hand.gemm ? FC2 : FC1);
+        laps.lap(hand.gemm ? FC2 : FC1);
         if (hand.gemm)
             write_out<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, maps.results, staging, slot, row,
                                                          rows, hand.column, group);
         else
             write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows,
                                                 hand.column, group);
-        lap(OUT);
+        laps.lap(OUT);
         const int done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
         if (hand.column >= (hand.gemm ? COLUMNS2 : COLUMNS1)) continue;
         if (rows == 64) {
@@ -122,5 +136,5 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         }
     }
     flush();
-    if (TRACE && thread == 0) laps.end();
+    laps.end();
 }

@@ -64,19 +64,34 @@ inline NarrowTile narrow_tile(const int* chunks, const int* blocks, const int* c
     return n;
 }
 
-// Rows are fetched in boxes of 8 (`few`) or 32 (`many`), so that 5 rows do not cost 64.
-template <int tall>
+// Rows are fetched in boxes of 8 (`few`) or 32 (`many`), so that 5 rows do not cost 64.  Weights of
+// as many stages as are free go first; `await` returns when the rows may be read.
+template <int tall, typename Await>
 inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many,
-                 const TensorMap& weights, const NarrowTile& n, int steps) {
+                 const TensorMap& weights, const NarrowTile& n, int steps, Await await) {
     const int wide = n.live <= 8 ? 8 : n.live <= 16 ? 16 : n.live <= 32 ? 32 : 64;
+    Narrow<tall> ahead = ring;
+    int sent = 0;
+    const auto send_weights = [&] {
+        bar_expect(ahead.full(), ring.weight_bytes + wide * NARROW_K * 2);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            tma_load(ahead.weights() + half * (tall * 128), weights, ahead.full(),
+                     sent * NARROW_K + half * 64, n.tile * tall, n.slot);
+        ++sent;
+        ahead.jump(1);
+    };
+    const int first = min(steps, (int)ring.stages);
+    while (sent < first && bar_test(ahead.empty(), ahead.phase ^ 1)) send_weights();
+    await();
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
-        bar_wait(ring.empty(), ring.phase ^ 1);
-        bar_expect(ring.full(), ring.weight_bytes + wide * NARROW_K * 2);
+        if (sent == k) {
+            bar_wait(ahead.empty(), ahead.phase ^ 1);
+            send_weights();
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int x = k * NARROW_K + half * 64;
-            tma_load(ring.weights() + half * (tall * 128), weights, ring.full(), x, n.tile * tall,
-                     n.slot);
             const u32 to = ring.rows() + half * (wide * 128);
             if (wide >= 32) {
                 for (int r = 0; r < wide; r += 32)

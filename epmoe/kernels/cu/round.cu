@@ -1,7 +1,7 @@
 // One round in one launch: from a rank's rows to its results, over the slabs of all ranks.
 //
-// The first COMM CTAs (whole clusters) tell, pull and push; the others run the tile loop over both
-// GEMMs.  FC1 tiles wait for the rows of their block, FC2 tiles for the FC1 tiles of theirs, pushes
+// The first COMM CTAs (whole clusters) tell, pull and push, while the others stage the rows and then
+// run the tile loop over both GEMMs.  FC1 tiles wait for the rows of their block, FC2 tiles for the FC1 tiles of theirs, pushes
 // for the FC2 tiles.  At the end everyone reduces.  Any wait may fail (signals.cuh): then nobody
 // begins anything new, everyone leaves, and the output is NaN.
 //
@@ -12,6 +12,8 @@
 #include "few.cuh"
 #endif
 #include "reduce.cuh"
+
+constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
 
 // In shared memory where it fits: each acquire empties L1, so a table in global memory is slow.
 constexpr bool LIVE_SHARED = LOCAL <= 96;
@@ -73,36 +75,37 @@ inline bool words_came(const World& world, const Private& mine, Kind kind, u32 e
 }
 
 // All threads of a CTA that communicates.
-template <typename Phase>
 inline void communicate(const World& world, const Private& mine, const Call& call, u32 base,
-                        u8* shared, u32 epoch, u32 round, u32* asked, Phase phase) {
+                        u8* shared, u32 epoch, u32 round, u32* asked, Laps& laps) {
     Tables& t = *reinterpret_cast<Tables*>(shared + TABLES_AT);
     int* count = reinterpret_cast<int*>(shared + LISTS_AT_END);
     bool good = !faulted(world);
     for (u32 p = blockIdx.x; good && p < RANKS; p += COMM) {
-        const u32 peer = (world.rank + 1 + p) % RANKS;
+        const u32 peer = (world.rank + 1 + p) % RANKS, stagers = gridDim.x - COMM;
         const int total =
             tell(world, mine, peer, call.slots, call.rows, call.head, count, count + SLOTS);
-        if (threadIdx.x == 0 && await_count(world, mine.epoch + STAGED, (epoch + 1) * gridDim.x))
+        if (threadIdx.x == 0 && await_count(world, mine.epoch + STAGED, (epoch + 1) * stagers))
             publish(world, WORD_C, peer, round, total);
     }
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS;
          i += COMM * blockDim.x)
         progress(mine, epoch + 1, ARRIVED)[i] = 0;
-    phase(TELL);
+    laps.lap(TELL);
     good = words_came(world, mine, WORD_C, epoch, round, asked);
-    phase(WAIT_C);
+    laps.lap(WAIT_C);
     good = good && make_tables(world, t, asked, round);
     if (good && blockIdx.x == 0) check_heads(world, mine, round);
     if (good && (u32)t.block[LOCAL] > BLOCKS)
         good = fail(world, CORRUPT, world.rank, WORD_C, round, t.block[LOCAL], 0);
     __syncthreads();
     if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
-    phase(PLAN);
+    laps.lap(PLAN);
     const u32 warp = threadIdx.x / 32;
     if (good && warp < CARRIERS) {
+        Laps laps(mine.trace, warp ? LAST_CARRIER : FIRST_CARRIER,
+                  lane_index() == 0 && (warp == 0 || warp == CARRIERS - 1));
         Carrier carrier(world, mine, t, epoch, round, warp * COMM + blockIdx.x, COMM * CARRIERS);
-        carry(carrier, base, warp, Laps(mine.trace, warp ? LAST_CARRIER : FIRST_CARRIER));
+        carry(carrier, base, warp, laps);
     }
     __syncthreads();
     // Y is the promise to read no mailbox and no row of this round any more.
@@ -120,38 +123,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __shared__ u32 asked[RANKS];
     const u32 base = smem(shared), warp = warp_index();
     const u32 epoch = mine.epoch[EPOCH], round = round_now(world);
-    Laps laps(mine.trace, WHOLE_CTA);
-    const auto phase = [&](Span span) {
-        if (TRACE && threadIdx.x == 0) laps.lap(span);
-    };
-    if (TRACE && threadIdx.x == 0) laps.begin();
-    const bool multiplies = blockIdx.x >= COMM, feeds = warp == GROUPS * 4;
-    if (multiplies && feeds && lane_index() == 0) {
+    Laps laps(mine.trace, WHOLE_CTA, threadIdx.x == 0);
+    const bool multiplies = blockIdx.x >= COMM;
+    if (multiplies && warp == FEEDS && lane_index() == 0) {
         init_tiles(base);
+        prefetch_maps(maps);
         prefetch_weights(mine, call.rows);
     }
-    if (!faulted(world)) stage_rows(world, call.x, call.weights, call.rows);
+    if (multiplies && !faulted(world)) stage_rows(world, call.x, call.weights, call.rows, COMM);
     __syncthreads();
-    if (threadIdx.x == 0) add_release(mine.epoch + STAGED, 1);
+    if (multiplies && threadIdx.x == 0) add_release(mine.epoch + STAGED, 1);
     cluster_sync();
-    phase(STAGE);
+    laps.lap(STAGE);
 
     const u64 everyone = (u64)COMM * THREADS + (u64)(gridDim.x - COMM) * GROUPS * 128;
     if (!multiplies) {
-        communicate(world, mine, call, base, shared, epoch, round, asked, phase);
-        phase(WORK);
+        communicate(world, mine, call, base, shared, epoch, round, asked, laps);
+        laps.lap(WORK);
         const bool good = words_came(world, mine, WORD_Y, epoch, round, asked) && !faulted(world);
-        phase(WAIT_Y);
+        laps.lap(WAIT_Y);
         reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, good,
                     (u64)blockIdx.x * THREADS + threadIdx.x, everyone);
         __syncthreads();
-        phase(REDUCE);
+        laps.lap(REDUCE);
         if (threadIdx.x == 0) leave(world, mine, good);
-        if (TRACE && threadIdx.x == 0) laps.end();
+        laps.end();
         return;
     }
     bool good = words_came(world, mine, WORD_C, epoch, round, asked);
-    phase(WAIT_C);
+    laps.lap(WAIT_C);
     if (warp == 0 && good) {
         const Live live = live_of(mine, shared);
         find_live<LOCAL, UNIT>(live, [&](int l) { return max(rows_of(world, l), 0); });
@@ -160,25 +160,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     good = __syncthreads_and(good);
     if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
-    phase(PLAN);
-    if (warp >= GROUPS * 4) {
+    laps.lap(PLAN);
+    if (warp >= FEEDS) {
         registers_down<FEED_REGISTERS>();
-        if (feeds) feed_stream(world, mine, maps, live_of(mine, shared), base, epoch, good);
+        if (warp == FEEDS) feed_stream(world, mine, maps, base, epoch);
+        if (warp == SCOUTS) scout_stream(world, mine, live_of(mine, shared), base, good);
         cluster_sync();
     } else {
         registers_up<MULTIPLY_REGISTERS>();
         multiply_stream(mine, maps, call, base, epoch, warp / 4);
-        phase(WORK);
+        laps.lap(WORK);
         bool came = true;
         if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch + 2);
         came = all_of_both(came) && !faulted(world);
-        phase(WAIT_Y);
+        laps.lap(WAIT_Y);
         reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, came,
                     (u64)COMM * THREADS + (u64)(blockIdx.x - COMM) * GROUPS * 128 + threadIdx.x, everyone);
         all_of_both(true);
-        phase(REDUCE);
+        laps.lap(REDUCE);
         if (threadIdx.x == 0) leave(world, mine, came);
-        if (TRACE && threadIdx.x == 0) laps.end();
+        laps.end();
         __syncwarp();
         cluster_sync();  // a CTA that left could still be sent arrivals
     }

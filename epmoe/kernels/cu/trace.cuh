@@ -13,7 +13,7 @@ enum Span {
     STAGE, TELL, WAIT_C, PLAN, TURN_ID, FIND_TILE, HAND_ON, WAIT_ROWS, WAIT_HALF, FEED,
     TAKE, FLUSH, FC1, FC2, OUT, FIND_ROWS, LOAD, LAND, STORE, IDLE, WORK, WAIT_Y, REDUCE, LEAVE,
 };
-enum Role { WHOLE_CTA, FEEDER, FIRST_GROUP, SECOND_GROUP, FIRST_CARRIER, LAST_CARRIER, TRACED };
+enum Role { WHOLE_CTA, SCOUT, FEEDER, FIRST_GROUP, SECOND_GROUP, FIRST_CARRIER, LAST_CARRIER, TRACED };
 
 struct Note {
     u64 end;
@@ -25,31 +25,31 @@ struct Header {  // as long as two notes
     u64 clock, nanoseconds, last_clock, last_nanoseconds;
 };
 
-// One thread's notes.  `lap(span)` ends the span that began at the lap before.
+// What one thread notes, if it is the one of its role that does; the host has cleared the memory.
+// `lap(span)` ends the span that began at the lap before.
 struct Laps {
     Note* notes;
-    u64 last = 0;
+    bool on;
     u32 count = 2;
+    u64 last = 0;
 
-    inline Laps(u64* trace, Role role)
-        : notes(TRACE ? reinterpret_cast<Note*>(trace) + (blockIdx.x * TRACED + role) * NOTES
-                      : nullptr) {}
-    inline void begin() {
-        if (!TRACE) return;
+    inline Laps(u64* trace, Role role, bool on)
+        : notes(reinterpret_cast<Note*>(trace) + (blockIdx.x * TRACED + role) * NOTES),
+          on(TRACE && on) {
+        if (!this->on) return;
         last = clock64();
         Header* header = reinterpret_cast<Header*>(notes);
         header->clock = last;
         header->nanoseconds = global_nanoseconds();
-        for (u32 i = 2; i < NOTES && notes[i].end; ++i) notes[i].end = 0;
     }
     inline void lap(Span span) {
-        if (!TRACE) return;
+        if (!TRACE || !on) return;
         const u64 now = clock64();
         if (count < NOTES) notes[count++] = {now, (u32)(now - last), (u32)span};
         last = now;
     }
     inline void end() {
-        if (!TRACE) return;
+        if (!TRACE || !on) return;
         Header* header = reinterpret_cast<Header*>(notes);
         header->last_clock = clock64();
         header->last_nanoseconds = global_nanoseconds();
