@@ -172,7 +172,7 @@ def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> di
         cache.reset()
         return plain(model(ids, past_key_values=cache, logits_to_keep=1).logits)[:, -1]
 
-    prefill_s = bench.seconds(prefill)
+    prefill_s = bench.seconds(prefill, 5)
     texts: list[torch.Tensor] = []
 
     def generate(new: int) -> None:
@@ -186,8 +186,8 @@ def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> di
             )
         ]
 
-    first_s = bench.seconds(lambda: generate(1), 2)
-    all_s = bench.seconds(lambda: generate(asked.new), 2)
+    first_s = bench.seconds(lambda: generate(1), 5)
+    all_s = bench.seconds(lambda: generate(asked.new), 5)
     found: dict[str, Any] = {
         "prefill_tokens_s": sequences * asked.prompt / prefill_s,
         "generate_decode_tokens_s": sequences * (asked.new - 1) / (all_s - first_s),
@@ -196,7 +196,7 @@ def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> di
     }
     if bench.on_gpu:
         replays, replay = decode_step(bench, model, cache, prefill)
-        step_s = bench.seconds(replays) / (asked.new - 1)
+        step_s = bench.seconds(replays, 5) / (asked.new - 1)
         found |= {"graph_decode_tokens_s": sequences / step_s, "graph_step_us": step_s * 1e6}
         if asked.profile:
             found["kernels_us"] = kernels_of(replay)
@@ -208,7 +208,9 @@ def kernels_of(call: Callable[[], object]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
-    times = {e.key[:60]: e.self_device_time_total for e in seen.key_averages()}
+    times: dict[str, float] = {}
+    for one in seen.key_averages():
+        times[one.key[:60]] = times.get(one.key[:60], 0.0) + one.self_device_time_total
     return dict(sorted(times.items(), key=lambda one: -one[1])[:14])
 
 

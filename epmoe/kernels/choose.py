@@ -27,6 +27,7 @@ class Chooser:
         }
         self._replicas = placement.replicas(self._width).cuda()
         self._counts = placement.counts_E.cuda()
+        self._launches: dict[torch.dtype, Launch] = {}
 
     def place(self, placement: Placement) -> None:
         """From here on in the current stream; waits for nothing."""
@@ -40,9 +41,13 @@ class Chooser:
         cells = ids_TK.numel()
         if cells:
             args = [ids_TK, slots_TK, self._replicas, self._counts, cells, self._rank]
-            grid = -(-cells // CELLS_PER_BLOCK)
-            launch = Launch(self._kernels[ids_TK.dtype], (grid,), CELLS_PER_BLOCK, args)
-            launch.enqueue(int(torch.cuda.current_stream().cuda_stream))
+            launch = self._launches.get(ids_TK.dtype)
+            if launch is None:
+                kernel = self._kernels[ids_TK.dtype]
+                launch = Launch(kernel, (1,), CELLS_PER_BLOCK, [0, 0, *args[2:]])
+                self._launches[ids_TK.dtype] = launch
+            stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+            launch.enqueue(int(stream), *args, blocks=-(-cells // CELLS_PER_BLOCK))
         return slots_TK
 
 

@@ -35,7 +35,7 @@ class Stack:
         self.closed = False
         self.device = torch.device("cpu")  # where the experts are, known when the stack opens
         self._group: Group | None = None
-        self._rows: tuple[int, ...] | None = None
+        self._context: ForwardContext | None = None  # of the step that runs
 
     def open(self, choices: int) -> None:
         """Collective, once: one heap for all layers, and the slots of each."""
@@ -90,7 +90,7 @@ class Stack:
                 x.to(part.dtype).contiguous(),
                 ids.contiguous(),
                 weights.float().contiguous(),
-                context=None if self._rows is None else ForwardContext(rows=self._rows),
+                context=self._context,
             )
         return torch.zeros_like(given) if self.idle else out.to(x.dtype)
 
@@ -111,14 +111,14 @@ class Stack:
         if self.balancer is not None and not capturing():
             self.balancer.step()
         if group is None or group.size == 1:
-            self._rows = (rows,)
+            self._context = ForwardContext(rows=(rows,))
             return
         if not self.exchange:
             return
         said = group.allgather(
             rows.to_bytes(8, "little"), what="rows of a step", limit_s=moe.config.stall_s
         )
-        self._rows = tuple(int.from_bytes(one, "little") for one in said)
+        self._context = ForwardContext(rows=tuple(int.from_bytes(one, "little") for one in said))
 
     def _config(self, part: Part, choices: int, ranks: int) -> MoEConfig:
         stored, shape = stored_by(part.experts), shape_of(part.experts)

@@ -1,17 +1,20 @@
 """The cache gives whole kernels or none, whoever races, dies or tampers."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 pytest.importorskip("cuda.core")
 from epmoe.errors import EpmoeError
 from epmoe.kernels import compile as compiling
-from epmoe.kernels.compile import compile_kernel
+from epmoe.kernels.compile import Launch, compile_kernel
 
 HEADER = "__device__ inline float scaled(float x) { return x * SCALE; }\n"
 SOURCE = """#include "scaled.cuh"
@@ -142,3 +145,35 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path, monkeypatch):
         compiling.cache_folder()
     monkeypatch.setenv("EPMOE_CACHE", str(tmp_path / "new"))
     assert os.stat(compiling.cache_folder()).st_mode & 0o777 == 0o700
+
+
+class Recorder:
+    """Stands in for the driver: what a launch would have handed to it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def cuLaunchKernelEx(self, config, function, table, extra):  # noqa: N802  the driver's name
+        cells = ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))
+        whole = ctypes.c_uint64.from_address(cells[1]).value
+        self.calls.append((config.gridDimX, whole, ctypes.string_at(cells[2], 4)))
+        return (0,)
+
+
+def test_a_launch_takes_new_values_for_its_last_arguments():
+    kernel = types.SimpleNamespace(
+        load=lambda shared: None, _kernel=types.SimpleNamespace(handle=0)
+    )
+    launch = Launch(kernel, (3,), 32, [b"kept", 7, b"abcd"])
+    launch._driver = driver = Recorder()
+    tensor = torch.zeros(2)
+    launch.enqueue(0)
+    launch.enqueue(0, 1 << 40, b"efgh")
+    launch.enqueue(0, tensor, b"ijkl", blocks=9)
+    launch.enqueue(0, b"mnop")
+    assert driver.calls == [
+        (3, 7, b"abcd"),
+        (3, 1 << 40, b"efgh"),
+        (9, tensor.data_ptr(), b"ijkl"),
+        (9, tensor.data_ptr(), b"mnop"),
+    ]
