@@ -121,8 +121,10 @@ def summary(found):
 
 
 def traced(group, name, rows, **how):
-    """Mean and most microseconds of each span over the CTAs of rank 0, in a cold round."""
+    """What rank 0 did when, in a cold round, with as many slots of a rank as 8 ranks would have."""
     config = shape(name, max_rows=rows, heap="cuda", stall_s=5.0)
+    experts = max(config.choices, config.experts * group.size // 8)
+    config = replace(config, experts=experts)
     with MoE.open(config, group) as moe:
         weights = weights_of(replace(config, experts=config.slots_per_rank(group.size)))
         words = moe._runtime.lanes[0].words
