@@ -18,7 +18,7 @@ class BalanceRule:
     window: int = 1000  # forwards that a look takes into account
     decay: float = 1.0  # weight of a forward relative to the next newer one
     threshold: float = 1.1  # max/mean rank load that is good enough to leave things as they are
-    enough: float | None = None  # max/mean at which a plan stops moving slots; see ``rebalance``
+    enough: float | None = 1.02  # max/mean at which a plan stops moving slots; see ``rebalance``
     gain: float = 0.05  # a plan must lower max/mean by this much to be worth moving for
     budget: int = 1 << 20  # bytes out of and into a rank per forward while experts move
 

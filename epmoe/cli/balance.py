@@ -12,7 +12,7 @@ from typing import Any
 
 from epmoe.cli import heatmap, loadfile
 from epmoe.cli.tables import show, show_json, size
-from epmoe.sched.balance import ENOUGH, loads_by_rank, max_over_mean, plan
+from epmoe.sched.balance import loads_by_rank, max_over_mean, plan
 from epmoe.sched.moves import bytes_RR, moves
 from epmoe.sched.placement import Placement
 from epmoe.sched.published import check_shape, published
@@ -42,7 +42,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--ranks", type=int, help="ranks (the file's, if it says)")
     parser.add_argument("--slots", type=int, help="slots of all ranks (the file's, or the experts)")
     parser.add_argument(
-        "--enough", type=float, help=f"stop moving at this max/mean ({ENOUGH}, and published's)"
+        "--enough", type=float, help="stop moving at this max/mean (published's)"
     )
     parser.add_argument("--fresh", action="store_true", help="plan as if nothing were in force")
     parser.add_argument("--groups", type=int, default=1, help="expert groups, if hierarchical (1)")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from epmoe.config import MoEConfig
+from epmoe.sched.fewest import fewest
 from epmoe.sched.loads import checked_loads
 from epmoe.sched.moves import aligned
 from epmoe.sched.placement import Placement
@@ -15,7 +16,6 @@ from epmoe.sched.published import check_shape, published
 from epmoe.sched.retract import retracted
 from epmoe.sched.search import Floats, Ints, improve, rank_loads
 
-ENOUGH = 1.02  # max/mean rank load that a placement in force need not do better than
 NEAR = 1.005  # max/mean that is not searched for a second time
 
 
@@ -30,10 +30,10 @@ def rebalance(
     """A placement of one layer for these loads (tokens per expert, any unit).
 
     Without ``current`` the best balance found is returned.  With it, slots move only until the
-    fullest rank carries no more than under the published DeepSeek planner and at most 1.02 times
-    the mean; if that is so already, ``current`` comes back.  ``enough``, if given, takes the place
-    of both: stop as soon as max/mean is at most that, which moves less; where it cannot be
-    reached, the fullest rank is again no fuller than published.
+    fullest rank carries no more than under the published DeepSeek planner, and as few as can be
+    found; if that is so already, ``current`` comes back.  ``enough`` is another goal: stop as soon
+    as max/mean is at most that, above or below published's; where it cannot be reached, the
+    fullest rank is again no fuller than published.
 
     Pure: equal arguments give equal placements on every rank.  For loads that are all zero the
     experts count as equal; NaN, infinite and negative ones are a ``ValueError``.
@@ -104,7 +104,8 @@ def _fresh(loads_NE: Floats, known_NS: Ints, ranks: int) -> Ints:
 def _from_current(
     loads_NE: Floats, known_NS: Ints, current: tuple[Placement, ...], enough: float | None
 ) -> tuple[Placement, ...]:
-    """Search from the slots in force to the goal; then give back every move it did not need.
+    """Search from the slots in force to the goal; give back every move it did not need; then
+    look for a way with fewer.
 
     A search that ends above both the goal and the published balance is repeated from the published
     plan.  That plan, renamed, is also a candidate where the search moved many slots and balances
@@ -113,7 +114,7 @@ def _from_current(
     experts, ranks, steps = current[0].experts, current[0].ranks, 4 * current[0].slots
     known_N = rank_loads(loads_NE, known_NS, ranks).max(1)
     mean_N = loads_NE.sum(1) / ranks
-    goal_N = np.minimum(known_N, mean_N * ENOUGH) if enough is None else mean_N * enough
+    goal_N = known_N if enough is None else mean_N * enough
     now_NS = _slots_of(current)
     near_NS = improve(loads_NE, now_NS, ranks, enough_N=goal_N, steps=steps)
     stuck_N = rank_loads(loads_NE, near_NS, ranks).max(1) > np.maximum(known_N, goal_N)
@@ -129,7 +130,11 @@ def _from_current(
         for row in (near_NS[n], known_NS[n])[: 1 + bool(known_too_N[n])]:
             new = Placement.of(row, experts=experts, ranks=ranks)
             ways.append(_fewest_moves(loads_NE[n], old, new, float(limit_N[n])))
-        found.append(min(ways, key=lambda new: _changed(old, new)))  # the first of equals
+        best = min(ways, key=lambda new: _changed(old, new))  # the first of equals
+        less = fewest(loads_NE[n], old, float(limit_N[n]), _changed(old, best))
+        if less is not None:
+            best = _fewest_moves(loads_NE[n], old, less, float(limit_N[n]))
+        found.append(best)
     return tuple(found)
 
 

@@ -69,8 +69,8 @@ def test_never_worse_than_published_and_after_a_drift_with_a_fraction_of_its_mov
             theirs, ours, cases = theirs + their, ours + our, cases + 1
             over_half += 2 * our > their
     assert cases == shapes * 50
-    assert ours <= 0.15 * theirs  # seen: 0.12
-    assert over_half <= 0.07 * cases  # seen: 0.045, nearly all of few slots (1 of 1, 4 of 6)
+    assert ours <= 0.08 * theirs  # seen: 0.065
+    assert over_half <= 0.035 * cases  # seen: 0.025; fewer were proved impossible in most of them
 
 
 def test_speed_of_sixty_large_layers():
@@ -116,6 +116,7 @@ def test_what_is_good_enough_is_left_alone():
     now = Placement(expert_of_S=(3, 0, 2, 1), experts=4, ranks=2)
     assert rebalance([5, 5, 3.05, 3], config(4), 2, current=now) == now  # 8.05 and 8
     assert rebalance([5, 3, 3, 5.1], config(4), 2, current=now) != now  # 10.1 and 6
+    assert rebalance([5, 3, 3, 5.1], config(4), 2, current=now, enough=1.3) == now  # of 8.05
 
 
 def test_enough_trades_balance_for_moves():
