@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from epmoe.kernels.ops import VERBS
 from epmoe.runtime import Runtime
 
 EPMOE, EPMOE_MOVED, GLOO, GLOO_MOVED = "epmoe", "epmoe, rows moved", "gloo", "gloo, rows moved"
+TIMED = ("stage, C", "wait C, plan", "pull", "push, Y", "wait Y", "reduce")
 
 
 @dataclass(slots=True)
@@ -73,37 +74,34 @@ class Epmoe:
             describe=self._runtime.describe,
         )
         self._runtime.views.append(self._ops.close)
-        self.verbs: dict[str, list[float]] = {}
+        self.verbs: dict[str, list[float]] = {verb: [] for verb in TIMED}
         self.moved: list[float] = []
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every row back from each of its choices, weighted and summed."""
-        ops, config, started = self._ops, self._config, time.perf_counter()
+        ops, config, clock = self._ops, self._config, time.perf_counter
+        marks = [clock()]
         with self._runtime.turn(0) as turn:
             round = turn.round
             head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
-            with self._clock("stage, C"):
-                ops.stage(x, ids, weights, head, round)
-            with self._clock("wait C, plan"):
-                plan = ops.wait_plan(round, LIMIT_S)
-            with self._clock("pull"):
-                records, _ = ops.pull(plan)
+            ops.stage(x, ids, weights, head, round)
+            marks.append(clock())
+            plan = ops.wait_plan(round, LIMIT_S)
+            marks.append(clock())
+            records, _ = ops.pull(plan)
+            marks.append(clock())
             y = records.view(DTYPE[config.dtype])[:, : config.hidden]
-            with self._clock("push, Y"):
-                ops.push(y, plan, round)
-            with self._clock("wait Y"):  # reduce would wait; here it finds all of them
-                self._runtime.host_words(0).wait(Y, round, LIMIT_S)
-            self.moved.append(time.perf_counter() - started)
-            with self._clock("reduce"):
-                out = ops.reduce(ids, weights, None, round, LIMIT_S)
+            ops.push(y, plan, round)
+            marks.append(clock())
+            self._runtime.host_words(0).wait(Y, round, LIMIT_S)  # reduce then finds all of them
+            marks.append(clock())
+            out = ops.reduce(ids, weights, None, round, LIMIT_S)
+            marks.append(clock())
             turn.round += 1
+        self.moved.append(marks[-2] - marks[0])
+        for verb, (begun, done) in zip(TIMED, pairwise(marks), strict=True):
+            self.verbs[verb].append(done - begun)
         return out
-
-    @contextmanager
-    def _clock(self, verb: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.verbs.setdefault(verb, []).append(time.perf_counter() - started)
 
     def close(self) -> None:
         """Leave and unmap."""

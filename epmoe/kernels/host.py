@@ -76,7 +76,7 @@ class HostOps:
         self._results = results[self.rank]
         self._cells = [_items(cells) for cells in results]
         self._pool = rows[self.rank].new_empty(0, rows[self.rank].shape[1])
-        self._block = max(1, REDUCED // (config.choices * config.hidden))
+        self._block = max(1, min(config.max_rows, REDUCED // (config.choices * config.hidden)))
         terms = (self._block, config.choices, config.hidden)
         self._terms = torch.empty(terms, dtype=torch.float32)
         # My right neighbour first, me last: no rank is everyone's first.
