@@ -57,7 +57,8 @@ class Migration:
         self._sum_at = -(-self._slots.nbytes // PIECE) * PIECE
         total = self._sum_at + SUM if verify and self._slots.nbytes else self._slots.nbytes
         self._mine = {move.slot: move for move in moved if self._is_mine(move.slot)}
-        self._shadows = {slot: carrier.shadow(total) for slot in self._mine}
+        shadows = carrier.shadows(len(self._mine), total)
+        self._shadows = dict(zip(self._mine, shadows, strict=True))
         self._sums: dict[int, Checksum] | None = None
         if verify:  # of the slots that I send or get, by where they go
             far = (m for m in moved if self._is_mine(m.slot) != self._is_mine(m.source))
@@ -151,6 +152,7 @@ class Migration:
         into = shadow[parcel.at : parcel.at + parcel.length]
         self._carrier.fetch(parcel.source // self._per_rank, parcel.place, into)
         if self._sums is not None:
+            self._carrier.readable()
             bytes_of_slot = into[: max(0, self._slots.nbytes - parcel.at)]
             self._sums[parcel.slot].add(bytes_of_slot, parcel.at)
 

@@ -173,16 +173,16 @@ class MoE:
         """
         config, group, runtime = self.config, self._runtime.group, self._runtime
         runtime.check()
-        with group.guarded(f"place layer {self.layer} ({config.name})", config.stall_s):
+        phase = f"place layer {self.layer} ({config.name})"
+        with group.guarded(phase, config.stall_s) as said:
             check_placement(config, placement, budget, group.size)
             if self._migration is not None:
                 raise ValueError("placement: the layer is on its way to another one already")
+            # No rank leaves the phase, so no round waits, while another still makes its shadows.
             migration = self._towards(placement, budget, verify)
-        asked = json.dumps([placement.expert_of_S, budget, verify]).encode()
-        # Last, so that no rank's next round waits for one that is still making its shadows.
-        answers = group.allgather(asked, what="placement", limit_s=config.stall_s)
-        for rank, answer in enumerate(answers):
-            if answer != answers[0]:
+            said.mine = json.dumps([placement.expert_of_S, budget, verify]).encode()
+        for rank, answer in enumerate(said.by_rank):
+            if answer != said.by_rank[0]:
                 raise ConfigMismatch(
                     f"placement differs between {group.peers[0]} and {group.peers[rank]}"
                 )

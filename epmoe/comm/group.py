@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,14 @@ from epmoe.errors import ConfigMismatch, EpmoeError, PeerLost
 
 MEET_S = 300.0  # ranks may start minutes apart: containers, imports, queues
 CONNECT_S = 30.0  # once they have met all are alive, so connecting takes milliseconds
+
+
+@dataclass(slots=True)
+class Said:
+    """What the ranks tell each other when a guarded phase ends."""
+
+    mine: bytes = b""
+    by_rank: list[bytes] = field(default_factory=list)
 
 
 class Group:
@@ -108,14 +117,16 @@ class Group:
         return {rank: answer.fds[0] for rank, answer in answers.items()}
 
     @contextmanager
-    def guarded(self, phase: str, limit_s: float) -> Iterator[None]:
+    def guarded(self, phase: str, limit_s: float) -> Iterator[Said]:
         """All ranks pass this phase, or all raise.
 
+        What is put into ``mine`` of the object given is in ``by_rank`` of all after the phase.
         A rank that fails raises its own error; the others, wherever they are in the phase, raise an
         ``EpmoeError`` with its name and its text (``PeerLost`` if it died or left).
         """
+        said = Said()
         try:
-            yield
+            yield said
         except Exception as error:
             if error is not self._common and not (self._mesh and self._mesh.broken):
                 self._tell(phase, error, limit_s)
@@ -123,7 +134,7 @@ class Group:
         except BaseException as error:  # Ctrl-C: tell, but wait for nobody
             self._leave_by(error, phase)
             raise
-        self._exchange(Kind.VALUE, b"", what=f"end of {phase}", limit_s=limit_s)
+        said.by_rank = self.allgather(said.mine, what=f"end of {phase}", limit_s=limit_s)
 
     def _tell(self, phase: str, error: Exception, limit_s: float) -> None:
         text = f"{phase}: {type(error).__name__}: {error}".encode()[:4096]

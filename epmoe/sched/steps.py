@@ -21,6 +21,8 @@ def steps(old: Placement, new: Placement, most: int) -> tuple[Placement, ...]:
     """
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
+    if most >= old.slots_per_rank:
+        return (new,)
     now, wanted = list(old.expert_of_S), new.expert_of_S
     count = Counter(now)
     pending = [slot for slot, expert in enumerate(wanted) if now[slot] != expert]

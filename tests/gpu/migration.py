@@ -6,6 +6,7 @@ PYTHONPATH=. python tests/gpu/migration.py --ranks 2 exact speed > result
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -227,9 +228,11 @@ def marked(moe):
 def speed(group):
     """Eight experts of each rank to the next one, nothing else running."""
     found = {}
-    for freight in (64, 128, 256):
+    for freight, streams in ((64, 2), (128, 2), (256, 1), (256, 2), (512, 2)):
         with MoE.open(big(16 * group.size, freight * MIB), group) as moe:
             filled(moe)
+            carrier = moe._carrier()
+            carrier._streams = carrier._streams[:streams]
             each, bytes_in = 16, 8 * 3 * 7168 * 2048 * 2
             before, lines = marked(moe), []
             timed = {}
@@ -247,10 +250,11 @@ def speed(group):
 
             moe._move_all = timing
             for _ in range(2 * 4):
+                wanted = swapped(moe.placement, 8)
                 met(group)
                 torch.cuda.synchronize()
                 started = time.perf_counter()
-                moe.place(swapped(moe.placement, 8))
+                moe.place(wanted)
                 torch.cuda.synchronize()
                 lines.append([timed["gpu"], timed["host"], time.perf_counter() - started])
             moe.check()
@@ -259,7 +263,7 @@ def speed(group):
             gpu, host, whole = (
                 statistics.median(column[1:]) for column in zip(*lines, strict=True)
             )
-            found[f"freight {freight} MiB"] = {
+            found[f"freight {freight} MiB, {streams} streams"] = {
                 "same": same,
                 "slots": each,
                 "GB/s": bytes_in / gpu / 1e9,
@@ -275,8 +279,9 @@ def copy(group):
     """What the copy engine does by itself: 64 MiB from the next rank, over and over."""
     with MoE.open(big(8 * group.size, 256 * MIB), group) as moe:
         carrier = moe._carrier()
-        into, found = carrier.shadow(64 * MIB), {}
-        for size in (1, 4, 16, 64):
+        (into,), found, streams = carrier.shadows(1, 64 * MIB), {}, carrier._streams
+        for size, count in itertools.product((1, 4, 16, 64), (1, len(streams))):
+            carrier._streams = streams[:count]
             for source in (group.rank, (group.rank + 1) % group.size):
                 met(group)
                 times = []
@@ -286,11 +291,14 @@ def copy(group):
                         begin.record()
                         for _ in range(8):
                             carrier.fetch(source, 0, into[: size * MIB])
+                        carrier.readable()
                         end.record()
                     end.synchronize()
                     times.append(begin.elapsed_time(end) / 1e3)
                 name = "mine" if source == group.rank else "peer"
-                found[f"{size} MiB {name}"] = 8 * size * MIB / statistics.median(times) / 1e9
+                found[f"{size} MiB {name}, {count} streams"] = (
+                    8 * size * MIB / statistics.median(times) / 1e9
+                )
         met(group)
     return found
 
