@@ -49,9 +49,10 @@ constexpr int N1 = gated(ACT) ? 2 * INNER : INNER;  // weight rows of FC1
 constexpr int TILE_COLUMNS = TALL ? 64 : TILE_N;     // what one count of a tile stands for
 
 // How often a block of `rows` rows (more than BLOCK count as BLOCK) is counted when a GEMM of
-// `columns` columns has done all its tiles: once for every 64 rows that a warpgroup has live.
+// `columns` columns has done all its tiles: once for every 64 rows that a warpgroup has live, by
+// each of its warps on the narrow path.
 constexpr u32 tiles_of(int columns, int rows) {
-    return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * (rows > 64 ? 2 : 1);
+    return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * (rows > 64 ? 2 : 1) * (TALL ? 4 : 1);
 }
 
 // Words are polled by one CTA of a rank, who counts on CAME what it has seen; the others wait there
@@ -80,13 +81,14 @@ inline void stage_rows(const World& world, const u8* x, const float* weights, u3
     const u64 quads = (u64)rows * (RECORD / 16);
     Quad* to = at<Quad>(world, world.rank, ROWS_AT);
     const Quad* from = reinterpret_cast<const Quad*>(x);
-    for (u64 i = mine; i < quads; i += 4 * threads) {
-        Quad q[4];
+    constexpr int LOADS = 8;  // under way at a time
+    for (u64 i = mine; i < quads; i += LOADS * threads) {
+        Quad q[LOADS];
 #pragma unroll
-        for (int u = 0; u < 4; ++u)
+        for (int u = 0; u < LOADS; ++u)
             if (i + u * threads < quads) q[u] = from[i + u * threads];
 #pragma unroll
-        for (int u = 0; u < 4; ++u)
+        for (int u = 0; u < LOADS; ++u)
             if (i + u * threads < quads) to[i + u * threads] = q[u];
     }
     if (WEIGHT_IN_FC2) {
@@ -97,19 +99,20 @@ inline void stage_rows(const World& world, const u8* x, const float* weights, u3
     __threadfence_system();
 }
 
-// f(cell, slot) for every choice; loads go four at a time, since each takes a microsecond.
+// f(cell, slot) for every choice; loads go 16 at a time, since each takes a microsecond.
 template <typename F>
 inline void each_choice(const int* slots, u32 rows, F f) {
     const u32 all = rows * CHOICES;
-    for (u32 c = threadIdx.x; c < all; c += 4 * blockDim.x) {
-        int s[4];
+    constexpr u32 LOADS = 16;
+    for (u32 c = threadIdx.x; c < all; c += LOADS * blockDim.x) {
+        int s[LOADS];
 #pragma unroll
-        for (u32 u = 0; u < 4; ++u) {
+        for (u32 u = 0; u < LOADS; ++u) {
             const u32 cell = c + u * blockDim.x;
             s[u] = cell < all ? __ldg(slots + cell) : -1;
         }
 #pragma unroll
-        for (u32 u = 0; u < 4; ++u)
+        for (u32 u = 0; u < LOADS; ++u)
             if (s[u] != -1) f(c + u * blockDim.x, s[u]);
     }
 }

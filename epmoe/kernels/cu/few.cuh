@@ -10,7 +10,7 @@ using Tiles = Stream<PER1, PER2, LAG, UNIT>;
 
 constexpr u32 NARROW_ORDER_AT = Weights::order_at;
 constexpr u32 HAND_AT = NARROW_ORDER_AT + ORDER_BYTES;
-constexpr u32 LIVE_AT = HAND_AT + HANDS * HAND_BYTES;
+constexpr u32 LIVE_AT = HAND_AT + HANDS_BYTES;
 
 struct Maps {
     TensorMap few_rows, many_rows, w1, few_mid, many_mid, w2;
@@ -38,6 +38,8 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
     Tiles stream;
     Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {
+        hands.await_ask();
+        laps.lap(IDLE);
         const u32 t = order.lead(clusters, blockIdx.x - COMM, all, [&] { return faulted(world); });
         laps.lap(TURN_ID);
         if (t >= all) break;
@@ -70,12 +72,17 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
         if (hand.gemm == 2) break;
         if (lane_index() == 0) {
             const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
+            const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
             feed(ring, hand.gemm ? maps.few_mid : maps.few_rows,
                  hand.gemm ? maps.many_mid : maps.many_rows, hand.gemm ? maps.w2 : maps.w1, n,
-                 ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K, [&] {
+                 steps,
+                 [&] {
                      laps.lap(FEED);
                      await_inputs(world, mine, epoch, hand);
                      laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
+                 },
+                 [&](int left) {
+                     if (left == min(ASK, steps)) hands.ask();
                  });
             laps.lap(FEED);
         }
@@ -84,8 +91,9 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
     laps.end();
 }
 
-// A warpgroup: what it writes goes out by ordinary stores, so a tile is counted when all have made
-// theirs visible.
+// A warpgroup: what it writes goes out by ordinary stores.  Each warp counts a tile when its own
+// stores are visible, not at once but when the next tile is under way: the fence took 2 us a tile,
+// in which nobody emptied the ring.
 inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
                             u32 epoch, u32 group) {
     const u32 staging = base + Weights::staging_at + group * CHUNK * PITCH;
@@ -94,8 +102,19 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     Weights ring{base};
     Hands hands{base + HAND_AT};
     Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP, threadIdx.x % 128 == 0);
+    int pending = -1;  // the counter of the tile before
+    const auto flush = [&] {
+        if (pending < 0) return;
+        __threadfence();
+        fence_async_global();
+        __syncwarp();
+        if (lane_index() == 0) add_release(mine.blocks + pending, 1);
+        pending = -1;
+    };
     if (TALL == 64 && group == 1) turn_give(TURN);
     for (u32 turn = 0;; ++turn) {
+        if (!bar_test(hands.full(), hands.phase)) flush();
+        laps.lap(FLUSH);
         const Hand hand = hands.take();
         laps.lap(TAKE);
         if (hand.gemm == 2) break;
@@ -106,17 +125,13 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         }
         const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
         if (hand.gemm)
-            narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(ring, whole, staging, n, group, steps);
+            narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(ring, whole, staging, n, group, steps, flush);
         else
-            narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps);
+            narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps, flush);
         laps.lap(hand.gemm ? FC2 : FC1);
-        if (n.tile * TALL + (TALL == 128 ? (int)group * 64 : 0) >= (hand.gemm ? HIDDEN : N1)) continue;
-        __threadfence();
-        fence_async_global();
-        group_sync(1 + group);
-        if (threadIdx.x % 128 == 0)
-            add_release(progress(mine, epoch, hand.gemm ? WHOLE : HALF) + hand.block, 1);
-        laps.lap(OUT);
+        if (n.tile * TALL + (TALL == 128 ? (int)group * 64 : 0) < (hand.gemm ? HIDDEN : N1))
+            pending = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
     }
+    flush();
     laps.end();
 }

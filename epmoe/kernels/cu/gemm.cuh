@@ -54,11 +54,14 @@ inline void ring_init(u32 base) {
     bar_init_done();
 }
 
-// Feeds one tile of `steps` stages.  One thread.
+// Feeds one tile of `steps` stages.  One thread.  `passes(left)` is told before each stage how many
+// are left, this one included.
+template <typename Passes>
 inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
-                 u32 rank, int steps) {
+                 u32 rank, int steps, Passes passes) {
     const int row = tile.block * BLOCK, column = tile.column * TILE_N;
     for (int k = 0; k < steps; ++k, ring.next()) {
+        passes(steps - k);
         bar_wait(ring.empty(), ring.phase ^ 1);
         bar_expect(ring.full(), STAGE_BYTES);
         const int x = k * TILE_K;

@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const Tile tile = wide_tile<SLOTS, COLUMNS>(before, t, rank);
-            if (!tile.none && lane_index() == 0) feed(ring, rows, weights, tile, rank, K_STEPS);
+            if (!tile.none && lane_index() == 0) feed(ring, rows, weights, tile, rank, K_STEPS, [](int) {});
             __syncwarp();
         }
         if (feeds && rank == 0 && lane_index() == 0) order.finish();
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const NarrowTile n = narrow_tile<SLOTS, TILES>(chunks, blocks, counts, t);
-            if (lane_index() == 0) feed(ring, few, many, weights, n, K_STEPS, [] {});
+            if (lane_index() == 0) feed(ring, few, many, weights, n, K_STEPS, [] {}, [](int) {});
             __syncwarp();
         }
         if (feeds && lane_index() == 0) order.finish();
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (TALL == 64 && turn++ % 2 != group)
                 ring.jump(K_STEPS);
             else
-                narrow_run<ACT, BIAS, SCALE>(ring, out, staging, n, group, K_STEPS);
+                narrow_run<ACT, BIAS, SCALE>(ring, out, staging, n, group, K_STEPS, Nothing{});
         }
     }
 }

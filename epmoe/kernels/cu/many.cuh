@@ -8,7 +8,7 @@ constexpr int CTAS = 2, UNIT = BLOCK;
 using Tiles = Stream<PER1, PER2, LAG, UNIT>;
 
 constexpr u32 HAND_AT = ORDER_AT + ORDER_BYTES;  // after the ring and the staging
-constexpr u32 LIVE_AT = HAND_AT + HANDS * HAND_BYTES;
+constexpr u32 LIVE_AT = HAND_AT + HANDS_BYTES;
 
 struct Maps {
     TensorMap rows, w1, mid, w2, results;
@@ -35,6 +35,8 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
     Tiles stream;
     Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {
+        hands.await_ask();
+        laps.lap(IDLE);
         const u32 t = order.lead(clusters, (blockIdx.x - COMM) / 2, all, [&] { return faulted(world); });
         laps.lap(TURN_ID);
         if (t >= all) break;
@@ -45,7 +47,11 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
                 ? tile_in_group<COLUMNS2>(stream.slot, stream.row / BLOCK, stream.units, rest, rank)
                 : tile_in_group<COLUMNS1>(stream.slot, stream.row / BLOCK, stream.units, rest, rank);
         laps.lap(FIND_TILE);
-        if (tile.none) continue;
+        if (tile.none) {
+            if (lane_index() == 0) hands.ask();  // nobody else will
+            __syncwarp();
+            continue;
+        }
         if (lane_index() == 0) {
             const int rows = min(stream.rows - (tile.block * BLOCK - stream.row), BLOCK);
             hands.give({stream.gemm, tile.same_rows, rows, rows, tile.slot, tile.column,
@@ -74,8 +80,11 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
             const Tile tile{hand.slot, hand.row / BLOCK, hand.column, hand.same_rows, false};
             await_inputs(world, mine, epoch, hand);
             laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
+            const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K;
             feed(ring, hand.gemm ? maps.mid : maps.rows, hand.gemm ? maps.w2 : maps.w1, tile, rank,
-                 (hand.gemm ? INNER : HIDDEN) / TILE_K);
+                 steps, [&](int left) {
+                     if (left == min(ASK, steps)) hands.ask();
+                 });
             laps.lap(FEED);
         }
         __syncwarp();

@@ -65,10 +65,12 @@ inline NarrowTile narrow_tile(const int* chunks, const int* blocks, const int* c
 }
 
 // Rows are fetched in boxes of 8 (`few`) or 32 (`many`), so that 5 rows do not cost 64.  Weights of
-// as many stages as are free go first; `await` returns when the rows may be read.
-template <int tall, typename Await>
+// as many stages as are free go first; `await` returns when the rows may be read.  `passes(left)` is
+// told before each stage how many are left, this one included.
+template <int tall, typename Await, typename Passes>
 inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many,
-                 const TensorMap& weights, const NarrowTile& n, int steps, Await await) {
+                 const TensorMap& weights, const NarrowTile& n, int steps, Await await,
+                 Passes passes) {
     const int wide = n.live <= 8 ? 8 : n.live <= 16 ? 16 : n.live <= 32 ? 32 : 64;
     Narrow<tall> ahead = ring;
     int sent = 0;
@@ -85,6 +87,7 @@ inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many
     while (sent < first && bar_test(ahead.empty(), ahead.phase ^ 1)) send_weights();
     await();
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
+        passes(steps - k);
         if (sent == k) {
             bar_wait(ahead.empty(), ahead.phase ^ 1);
             send_weights();
@@ -104,10 +107,15 @@ inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many
     }
 }
 
-template <int tall, int wide>
-inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group, int steps) {
+// `between` as in gemm.cuh.
+template <int tall, int wide, typename Between>
+inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group, int steps,
+                     Between between) {
     u32 before = 0;
+    const bool late = !bar_test(ring.full(), ring.phase);
+    if (late) between();
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
+        if (k == 1 && !late) between();
         bar_wait(ring.full(), ring.phase);
         wgmma_begin();
 #pragma unroll
@@ -175,33 +183,34 @@ inline void write_narrow(float (&sums)[wide / 2], const Out& out, u32 staging, c
     }
 }
 
-template <Act act, bool biased, bool scaled, int wide, int tall>
+template <Act act, bool biased, bool scaled, int wide, int tall, typename Between>
 inline void narrow_as(Narrow<tall>& ring, const Out& out, u32 staging, const NarrowTile& n,
-                      int left, u32 group, int steps) {
+                      int left, u32 group, int steps, Between between) {
     float sums[wide / 2];
     if (tall == 64) turn_wait(TURN + group);
-    multiply<tall, wide>(ring, sums, group, steps);
+    multiply<tall, wide>(ring, sums, group, steps, between);
     if (tall == 64) turn_give(TURN + 1 - group);
     write_narrow<act, biased, scaled, wide>(sums, out, staging, n, left, group);
 }
 
 // Multiplies and writes one tile, as narrow as its rows allow.
-template <Act act, bool biased, bool scaled, int tall>
+template <Act act, bool biased, bool scaled, int tall, typename Between>
 inline void narrow_run(Narrow<tall>& ring, const Out& out, u32 staging, const NarrowTile& n,
-                       u32 group, int steps) {
+                       u32 group, int steps, Between between) {
     const int left = n.tile * tall + (tall == 128 ? group * 64 : 0);
     if (left >= out.width * (gated(act) ? 2 : 1)) {  // the weights ended in the middle of the tile
+        between();
         for (int k = 0; k < steps; ++k, ring.jump(1)) {
             bar_wait(ring.full(), ring.phase);
             if (lane_index() == 0) bar_arrive(ring.empty());
         }
     } else if (n.live <= 8) {
-        narrow_as<act, biased, scaled, 8>(ring, out, staging, n, left, group, steps);
+        narrow_as<act, biased, scaled, 8>(ring, out, staging, n, left, group, steps, between);
     } else if (n.live <= 16) {
-        narrow_as<act, biased, scaled, 16>(ring, out, staging, n, left, group, steps);
+        narrow_as<act, biased, scaled, 16>(ring, out, staging, n, left, group, steps, between);
     } else if (n.live <= 32) {
-        narrow_as<act, biased, scaled, 32>(ring, out, staging, n, left, group, steps);
+        narrow_as<act, biased, scaled, 32>(ring, out, staging, n, left, group, steps, between);
     } else {
-        narrow_as<act, biased, scaled, 64>(ring, out, staging, n, left, group, steps);
+        narrow_as<act, biased, scaled, 64>(ring, out, staging, n, left, group, steps, between);
     }
 }

@@ -16,13 +16,13 @@
 constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
 
 // In shared memory where it fits: each acquire empties L1, so a table in global memory is slow.
-constexpr bool LIVE_SHARED = LOCAL <= 96;
-constexpr u32 TILES_SHARED = LIVE_AT + (LIVE_SHARED ? 4 * live_words(LOCAL) : 0);
+constexpr u32 MOST_SHARED = 231296;  // what a CTA may have, less 1024 of the static word
+constexpr bool LIVE_SHARED = LIVE_AT + 4 * live_words(LOCAL) <= MOST_SHARED;
 // Shared memory of a CTA that communicates.
 constexpr u32 TABLES_AT = (CARRY_SHARED + 127) / 128 * 128;
 constexpr u32 LISTS_AT_END = TABLES_AT + sizeof(Tables);  // count and place while telling
-static_assert(LISTS_AT_END + (2 * SLOTS + 2) * 4 <= 231296, "the tables of the carriers do not fit");
-static_assert(TILES_SHARED <= 231296, "the tables of the tiles do not fit");
+static_assert(LISTS_AT_END + (2 * SLOTS + 2) * 4 <= MOST_SHARED, "the tables of the carriers do not fit");
+static_assert(LIVE_AT <= MOST_SHARED, "the ring and the hands do not fit");
 
 inline Live live_of(const Private& mine, u8* shared) {
     return Live(LIVE_SHARED ? reinterpret_cast<int*>(shared + LIVE_AT)
