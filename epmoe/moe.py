@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -22,10 +24,14 @@ from epmoe.kernels.ops import VERBS
 from epmoe.migration import Migration
 from epmoe.rounds import open_rounds
 from epmoe.runtime import Runtime, agree
-from epmoe.sched.chunks import Chunks, plan_chunks
+from epmoe.sched import chunks as cutting
+from epmoe.sched.chunks import Chunks
 from epmoe.sched.loads import Loads
 from epmoe.sched.placement import Placement
 from epmoe.shared import shared_tensors
+
+# All layers of a step ask for the same, and every decode step for what the one before asked.
+plan_chunks = functools.lru_cache(maxsize=256)(cutting.plan_chunks)
 
 
 class MoE:
@@ -132,7 +138,9 @@ class MoE:
             before, count = (context.chunk, context.chunks) if context is not None else (0, 1)
             outs = []
             # Modes of the caller must not reach the arithmetic: parameters with grad, autocast.
-            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            kind = self._device.type
+            mixed = torch.is_autocast_enabled(kind)
+            with torch.no_grad(), torch.autocast(kind, enabled=False) if mixed else nullcontext():
                 for chunk in range(chunks.count):
                     span = (
                         chunks.span(chunk, runtime.group.rank) if refused is None else slice(0, 0)
