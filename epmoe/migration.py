@@ -63,7 +63,9 @@ class Migration:
         if verify:  # of the slots that I send or get, by where they go
             far = (m for m in moved if self._is_mine(m.slot) != self._is_mine(m.source))
             self._sums = {m.slot: carrier.checksum() for m in far}
-        self._rounds = schedule(moved, old, total, most if budget is None else budget)
+        # Without a budget nothing is fetched while the first round is laid out: that one is short.
+        first = most // 4 if budget is None else budget
+        self._rounds = schedule(moved, old, total, most if budget is None else budget, first)
         self._now = next(self._rounds, None)  # the parcels of the next round
         # Rounds without parcels that follow: one to land in, one to compare checksums in.
         self._empty = 0 if self._now is None else 1 + verify
@@ -152,7 +154,6 @@ class Migration:
         into = shadow[parcel.at : parcel.at + parcel.length]
         self._carrier.fetch(parcel.source // self._per_rank, parcel.place, into)
         if self._sums is not None:
-            self._carrier.readable()
             bytes_of_slot = into[: max(0, self._slots.nbytes - parcel.at)]
             self._sums[parcel.slot].add(bytes_of_slot, parcel.at)
 

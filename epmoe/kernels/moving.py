@@ -9,7 +9,7 @@ words.  The halves take turns over all layers of a heap: it has one carrier.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from epmoe.comm.device import DeviceSlabs
 
 SUM = 16  # bytes of a checksum
-STREAMS = 2  # that fetch from a peer's GPU
-DIVIDED = 4 << 20  # bytes from which on a fetch is cut into one part for each of them
 
 
 class Checksum(Protocol):
@@ -57,9 +55,6 @@ class Carrier(Protocol):
 
     def landed(self) -> None:
         """Before my Y: what was fetched in the round before has arrived; the other half's turn."""
-
-    def readable(self) -> None:
-        """Inside of ``fetching``: what was fetched so far can be read."""
 
     def shadows(self, count: int, nbytes: int) -> list[Tensor]:
         """Memory of mine for the bytes of so many slots."""
@@ -108,9 +103,6 @@ class HostCarrier:
         """See ``Carrier``."""
         self._halves.change()
 
-    def readable(self) -> None:
-        """See ``Carrier``."""
-
     def shadows(self, count: int, nbytes: int) -> list[Tensor]:
         """See ``Carrier``.  Touched here, or pages would be found one by one in the rounds."""
         return [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(count)]
@@ -136,21 +128,19 @@ class Crc:
 
 
 class CudaCarrier:
-    """Copies enqueued on the caller's stream and, from the peers, on two streams beside it.
+    """Copies enqueued on the caller's stream and, from the peers, on a stream beside it.
 
     Nothing waits on the host.  Order: lay out, then the kernel that publishes C; the kernel that
     has seen all C, then the fetches; the fetches of the round before, then the kernel that
-    publishes Y.  Half of every large fetch goes to either stream: while one copy starts, which
-    takes 10 us, the other one has the link.
+    publishes Y.  A second stream for half of every fetch was slower (356 GB/s, not 364): one copy
+    engine has the link.
     """
 
     def __init__(self, heap: DeviceSlabs, freight: Region) -> None:
         from cuda.bindings import driver
 
         self._driver, self._heap, self._halves = driver, heap, Halves(freight)
-        # What is inside of ``fetching`` runs on the first.
-        self._streams = [torch.cuda.Stream() for _ in range(STREAMS)]  # type: ignore[no-untyped-call]
-        self._joint = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._begin = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # When the fetches of the last round were done, and of the one before.
         self._ends: list[torch.cuda.Event] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -162,36 +152,24 @@ class CudaCarrier:
 
     def fetching(self) -> AbstractContextManager[Any]:
         """See ``Carrier``."""
-        return _Beside(self._streams, self._begin, self._ends, self.readable)
+        return _Beside(self._beside, self._begin, self._ends)
 
     def fetch(self, rank: int, place: int, into: Tensor) -> None:
         """See ``Carrier``."""
-        source, total = self._heap.address(rank) + self._halves.at(place), into.numel()
-        parts = len(self._streams) if total >= DIVIDED else 1
-        each = -(-total // parts // PIECE) * PIECE
-        for stream, at in zip(self._streams, range(0, total, each), strict=False):
-            self._copy(into.data_ptr() + at, source + at, min(each, total - at), stream)
+        source = self._heap.address(rank) + self._halves.at(place)
+        self._copy(into.data_ptr(), source, into.numel(), self._beside)
 
     def landed(self) -> None:
         """See ``Carrier``."""
         self._ends[0].wait(torch.cuda.current_stream())
         self._halves.change()
 
-    def readable(self) -> None:
-        """See ``Carrier``."""
-        first, *others = self._streams
-        for other in others:
-            self._joint.record(other)
-            self._joint.wait(first)
-
     def shadows(self, count: int, nbytes: int) -> list[Tensor]:
-        """See ``Carrier``.  The streams beside have them in use until their copies are done."""
+        """See ``Carrier``.  The stream beside has them in use until its copies are done."""
         found = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(count)]
-        self._joint.record(torch.cuda.current_stream())
-        for stream in self._streams:
-            self._joint.wait(stream)
-            for shadow in found:
-                shadow.record_stream(stream)
+        self._beside.wait_stream(torch.cuda.current_stream())
+        for shadow in found:
+            shadow.record_stream(self._beside)
         return found
 
     def checksum(self) -> Checksum:
@@ -203,29 +181,23 @@ class CudaCarrier:
 
 
 class _Beside:
-    """What is enqueued inside runs on the streams beside, after what the caller's stream has."""
+    """What is enqueued inside runs on the stream beside, after what the caller's stream has."""
 
     def __init__(
-        self,
-        streams: list[torch.cuda.Stream],
-        begin: torch.cuda.Event,
-        ends: list[torch.cuda.Event],
-        join: Callable[[], None],
+        self, stream: torch.cuda.Stream, begin: torch.cuda.Event, ends: list[torch.cuda.Event]
     ) -> None:
-        self._inside = torch.cuda.stream(streams[0])
-        self._streams, self._begin, self._ends, self._join = streams, begin, ends, join
+        self._inside = torch.cuda.stream(stream)
+        self._stream, self._begin, self._ends = stream, begin, ends
 
     def __enter__(self) -> None:
         self._begin.record(torch.cuda.current_stream())
-        for stream in self._streams:
-            self._begin.wait(stream)
+        self._begin.wait(self._stream)
         self._inside.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *what: Any) -> None:
         self._inside.__exit__(*what)
-        self._join()
         self._ends.reverse()
-        self._ends[1].record(self._streams[0])
+        self._ends[1].record(self._stream)
 
 
 class Sums:

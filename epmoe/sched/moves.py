@@ -37,15 +37,16 @@ def moves(old: Placement, new: Placement) -> tuple[Move, ...]:
     _check_alike(old, new)
     changed = [s for s in range(new.slots) if old.expert_of_S[s] != new.expert_of_S[s]]
     changed.sort(key=lambda s: len(old.slots_of(new.expert_of_S[s])))
-    asked: Counter[int] = Counter()
+    asked, each = [0] * old.ranks, old.slots_per_rank
     found = []
     for slot in changed:
-        expert, rank = new.expert_of_S[slot], new.rank_of(slot)
-        source = min(
-            old.slots_of(expert), key=lambda s: (old.rank_of(s) != rank, asked[old.rank_of(s)])
-        )
-        if old.rank_of(source) != rank:
-            asked[old.rank_of(source)] += 1
+        expert, rank = new.expert_of_S[slot], slot // each
+        sources = old.slots_of(expert)
+        source = sources[0]
+        if len(sources) > 1:
+            source = min(sources, key=lambda s: (s // each != rank, asked[s // each]))
+        if source // each != rank:
+            asked[source // each] += 1
         found.append(Move(slot, expert, source))
     return tuple(sorted(found, key=lambda move: move.slot))
 
