@@ -21,79 +21,25 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import gc
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import DistributedConfig, DynamicCache, Qwen3MoeForCausalLM, StaticCache
+from generate_times import Bench, brief, empty, experts_alone, measured, plain
+from transformers import DistributedConfig, DynamicCache, Qwen3MoeForCausalLM
 
 import epmoe.transformers
 from epmoe import Group
 from epmoe.cli.machine import machine
 
 CHECKED = (2, 96, 8)  # prompts, tokens of each, of which the last few go one by one
-
-
-class Bench:
-    """The ranks, and how they time something together."""
-
-    def __init__(self, group: Group, asked: argparse.Namespace) -> None:
-        self.group, self.asked = group, asked
-        self.on_gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", group.local_rank) if self.on_gpu else torch.device("cpu")
-
-    def say(self, *words: object) -> None:
-        if self.group.rank == 0:
-            print(*words, flush=True)
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def seconds(self, call: Callable[[], object], repeats: int = 3) -> float:
-        """Median over repeats, after one that warms up, of the slowest rank."""
-        taken = []
-        for _ in range(repeats + 1):
-            self.wait()
-            self.group.allgather(b"", what="start of a measurement", limit_s=300)
-            start = time.perf_counter()
-            call()
-            self.wait()
-            taken.append(time.perf_counter() - start)
-        said = self.group.allgather(json.dumps(taken[1:]).encode(), what="times", limit_s=300)
-        slowest = [max(times) for times in zip(*map(json.loads, said), strict=True)]
-        return statistics.median(slowest)
-
-    def captured(self, step: Callable[[], object]) -> Callable[[], object]:
-        """``step`` as a CUDA graph, after two runs on a stream of its own."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.wait()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-        return graph.replay
-
-    def prompts(self, rows: int, tokens: int, *, shared: bool = False) -> torch.Tensor:
-        """Random ones, other on each rank; ``shared``: those of all ranks."""
-        ranks = range(self.group.size) if shared else [self.group.rank]
-        dice = [torch.Generator().manual_seed(100 + rank) for rank in ranks]
-        vocab = config_of(self.asked).vocab_size
-        ids = torch.cat([torch.randint(vocab, (rows, tokens), generator=d) for d in dice])
-        return ids.to(self.device)
 
 
 def config_of(asked: argparse.Namespace) -> Any:
@@ -143,11 +89,6 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(out, 1).float()
 
 
-def plain(tensor: Any) -> torch.Tensor:
-    """Tensor-parallel models answer in DTensors."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def apart(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
     """Relative error of the prefilled and the decoded positions: the median one, and the whole.
 
@@ -159,122 +100,6 @@ def apart(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
         found[name] = float((wrong / right).median())
         found[name + ", whole"] = float(wrong.norm() / right.norm())
     return found
-
-
-@torch.no_grad()
-def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> dict[str, Any]:
-    """Prefill, generate and a captured decode step of one batch of ``rows`` prompts a rank."""
-    asked, ids = bench.asked, bench.prompts(rows, bench.asked.prompt, shared=shared)
-    sequences = rows * bench.group.size
-    cache = StaticCache(config=model.config, max_cache_len=asked.prompt + asked.new + 4)
-
-    def prefill() -> torch.Tensor:
-        cache.reset()
-        return plain(model(ids, past_key_values=cache, logits_to_keep=1).logits)[:, -1]
-
-    if asked.profile:  # alone: what it leaves in the driver makes every later launch slower
-        return {
-            "text": [[0]],
-            "kernels_us": kernels_of(decode_step(bench, model, cache, prefill)[1]),
-        }
-    prefill_s = bench.seconds(prefill, 5)
-    texts: list[torch.Tensor] = []
-
-    def generate(new: int) -> None:
-        texts[:] = [
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        ]
-
-    first_s = bench.seconds(lambda: generate(1), 5)
-    all_s = bench.seconds(lambda: generate(asked.new), 5)
-    found: dict[str, Any] = {
-        "prefill_tokens_s": sequences * asked.prompt / prefill_s,
-        "generate_decode_tokens_s": sequences * (asked.new - 1) / (all_s - first_s),
-        "generate_tokens_s": sequences * asked.new / all_s,
-        "text": texts[0][:, asked.prompt :].tolist(),
-    }
-    if bench.on_gpu:
-        try:
-            replays, _ = decode_step(bench, model, cache, prefill)
-        except RuntimeError as error:  # torch's word for a step that cannot be captured
-            if not shared:
-                raise
-            return found | {"graph": f"not captured: {error}".split("\n")[0]}
-        step_s = bench.seconds(replays, 5) / (asked.new - 1)
-        found |= {"graph_decode_tokens_s": sequences / step_s, "graph_step_us": step_s * 1e6}
-    return found
-
-
-def kernels_of(call: Callable[[], object]) -> dict[str, float]:
-    """Microseconds of the kernels that take most, by name."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for one in seen.key_averages():
-        times[one.key[:60]] = times.get(one.key[:60], 0.0) + one.self_device_time_total
-    return dict(sorted(times.items(), key=lambda one: -one[1])[:14])
-
-
-def decode_step(
-    bench: Bench, model: Any, cache: StaticCache, prefill: Callable[[], torch.Tensor]
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """``new - 1`` replays of a captured step that feeds itself; and one."""
-    asked, ids = bench.asked, prefill().argmax(-1, keepdim=True)
-    length = asked.prompt + asked.new + 4
-    position = torch.full((1, 1), asked.prompt, device=bench.device)
-    places = torch.arange(length, device=bench.device)
-
-    def step() -> None:
-        mask = (places <= position[0, 0]).view(1, 1, 1, length).expand(len(ids), 1, 1, length)
-        out = model(ids, position_ids=position, attention_mask=mask, past_key_values=cache)
-        ids.copy_(plain(out.logits)[:, -1].argmax(-1, keepdim=True))
-        position.add_(1)
-
-    replay = bench.captured(step)
-
-    def replays() -> None:
-        position.fill_(asked.prompt)
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(asked.prompt)
-        for _ in range(asked.new - 1):
-            replay()
-
-    return replays, replay
-
-
-@torch.no_grad()
-def experts_alone(bench: Bench, model: Any, rows: int) -> dict[str, float]:
-    """Microseconds of one layer's experts for random rows that its own router sends."""
-    layers = [layer.mlp for layer in model.model.layers]
-    dice = torch.Generator().manual_seed(bench.group.rank)
-    x = torch.randn(rows, model.config.hidden_size, generator=dice).to(bench.device, torch.bfloat16)
-    routed = []
-    for mlp in layers:
-        weight = plain(mlp.gate.weight)
-        scores = torch.nn.functional.linear(x, weight).softmax(-1, dtype=torch.float)
-        top, ids = scores.topk(model.config.num_experts_per_tok)
-        routed.append((ids, (top / top.sum(-1, keepdim=True)).bfloat16()))
-
-    def step() -> None:
-        for mlp, (ids, top) in zip(layers, routed, strict=True):
-            mlp.experts(x, ids, top)
-
-    replay = bench.captured(step) if bench.on_gpu else step
-    for _ in range(3):
-        step()
-    bench.wait()
-    start = time.perf_counter()
-    step()
-    host = time.perf_counter() - start
-    per_layer = 1e6 / len(layers)
-    return {"us": bench.seconds(replay, 9) * per_layer, "host_us": host * per_layer}
 
 
 def side(bench: Bench, name: str, model: Any, *, shared: bool = False) -> dict[str, Any]:
@@ -290,10 +115,6 @@ def side(bench: Bench, name: str, model: Any, *, shared: bool = False) -> dict[s
     if bench.on_gpu:
         found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
-
-
-def brief(found: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:,.0f}" for k, v in found.items() if isinstance(v, float))
 
 
 def same_text(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float]:
@@ -374,13 +195,6 @@ def load(bench: Bench, weights: dict[str, torch.Tensor], where: DistributedConfi
     ).eval()
 
 
-def empty() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def main() -> None:
     """Run, print, write."""
     line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -398,7 +212,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with Group.from_env() as group, tempfile.TemporaryDirectory() as own:
-        bench = Bench(group, asked)
+        bench = Bench(group, asked, config_of(asked).vocab_size)
         if bench.on_gpu:
             torch.cuda.set_device(bench.device)
         if group.size > 1:
