@@ -63,9 +63,7 @@ class Migration:
         if verify:  # of the slots that I send or get, by where they go
             far = (m for m in moved if self._is_mine(m.slot) != self._is_mine(m.source))
             self._sums = {m.slot: carrier.checksum() for m in far}
-        # Without a budget nothing is fetched while the first round is laid out: that one is short.
-        first = most // 4 if budget is None else budget
-        self._rounds = schedule(moved, old, total, most if budget is None else budget, first)
+        self._rounds = schedule(moved, old, total, most if budget is None else budget)
         self._now = next(self._rounds, None)  # the parcels of the next round
         # Rounds without parcels that follow: one to land in, one to compare checksums in.
         self._empty = 0 if self._now is None else 1 + verify
@@ -73,6 +71,7 @@ class Migration:
         self._steps = iter(steps(old, new, at_once))
         self._next: Placement | None = next(self._steps)
         self._in_force, self._settled, self._sure = old, settled, False
+        self._laid_out = False
 
     @property
     def arrived(self) -> bool:
@@ -84,12 +83,20 @@ class Migration:
         """True once ``new`` is in force here."""
         return self._next is None
 
+    def begin(self) -> None:
+        """Lay out the first round's freight already; only if that round is the next of the heap."""
+        self.load()
+        self._laid_out = True
+
     def load(self) -> None:
         """Before my C: what others wait for, into my freight region.
 
         In the last round of a verified migration nothing travels: a rank that raises here keeps
         its C, so that no peer can end this round and switch.
         """
+        if self._laid_out:
+            self._laid_out = False
+            return
         if self._now == () and not self._empty and self._sums is not None:
             self._settled()
             for move in self._mine.values():

@@ -188,6 +188,8 @@ class MoE:
                 raise ValueError("placement: the layer is on its way to another one already")
             # No rank leaves the phase, so no round waits, while another still makes its shadows.
             migration = self._towards(placement, budget, verify)
+            if budget is None:
+                migration.begin()  # while the ranks still talk
             said.mine = json.dumps([placement.expert_of_S, budget, verify]).encode()
         for rank, answer in enumerate(said.by_rank):
             if answer != said.by_rank[0]:

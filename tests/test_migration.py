@@ -211,7 +211,7 @@ def killed_while_moving(seed):
                 return [wrong, mixed, lost, returned]
             return [wrong, False, None, returned]
 
-    with local.fork_ranks(size, body) as job:
+    with local.fork_ranks(size, body, end_others=False) as job:
         if not fails:
             until = time.monotonic() + 20
             while loaded[:] != b"\1" * size and time.monotonic() < until:

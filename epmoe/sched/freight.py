@@ -31,17 +31,13 @@ class Parcel:
 
 
 def schedule(
-    moved: Iterable[Move],
-    placement: Placement,
-    slot_bytes: int,
-    budget: int,
-    first_budget: int | None = None,
+    moved: Iterable[Move], placement: Placement, slot_bytes: int, budget: int
 ) -> Iterator[tuple[Parcel, ...]]:
     """The parcels of every round, in order; those of one slot travel in ascending order.
 
     No rank reads more than ``budget`` bytes of its slots in a round, and none receives more, so the
-    slowest rank of a round copies a bounded amount whatever the moves are; the first round may have
-    a budget of its own.  A round costs time in the parcels it has, not in the moves that wait.
+    slowest rank of a round copies a bounded amount whatever the moves are.  A round costs time in
+    the parcels it has, not in the moves that wait.
 
     >>> p = Placement(expert_of_S=(0, 1), experts=2, ranks=2)
     >>> for parcels in schedule([Move(0, 1, 1)], p, slot_bytes=40, budget=32): print(parcels)
@@ -50,8 +46,7 @@ def schedule(
     """
     if budget < PIECE:
         raise ValueError(f"budget must be at least {PIECE} bytes, got {budget}")
-    full = budget - budget % PIECE
-    budget = full if first_budget is None else max(PIECE, first_budget - first_budget % PIECE)
+    budget -= budget % PIECE
     waiting_R: list[list[list[int]]] = [[] for _ in range(placement.ranks)]  # slot, source, at
     for move in moved if slot_bytes else ():
         waiting_R[placement.rank_of(move.source)].append([move.slot, move.source, 0])
@@ -80,4 +75,3 @@ def schedule(
                 waiting[:] = [left for left in waiting if left[2] < slot_bytes]
         first += 1  # who comes first finds all targets free: that shall not be one rank for ever
         yield tuple(parcels)
-        budget = full
