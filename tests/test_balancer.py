@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from epmoe import Balancer, BalanceRule, MoE, MoEConfig, Placement
 from epmoe.balancer import describe_loads
 from epmoe.cli import balance, loadfile
 from epmoe.reference import reference_moe
+from epmoe.sched.balance import max_over_mean
 
 CONFIG = MoEConfig(
     experts=32,
@@ -116,6 +119,36 @@ def test_a_running_job_says_its_loads_as_the_command_reads_them(rank, group, mon
     # Experts 0 to 3 have a slot on either rank (32 is expert 0 again), and so has 4.
     assert one.ratios == (1.0, 1.0)
     assert (ours.moved, len(published.placements)) == ((0, 0), 2)
+
+
+@ranks(2)
+def test_the_command_reads_a_running_job_from_standard_input(rank, group):
+    """``epmoe balance -`` in a process of its own; the job goes on, and moves as it was told."""
+    weights, steps = integer_weights(CONFIG), 20
+    with MoE.open(CONFIG, group) as moe:
+        moe.load(**held(weights, moe.placement, rank))
+        for step in range(steps):
+            moe(*batches(step, 2)[rank])
+        text = json.dumps(describe_loads([moe])).encode()
+        assert set(group.allgather(text, what="loads", limit_s=20)) == {text}
+        answer = b""
+        if rank == 0:
+            argv = [sys.executable, "-m", "epmoe", "balance", "-", "--json", "--slot-bytes", "8"]
+            answer = subprocess.run(argv, input=text, capture_output=True, check=True).stdout
+        answer = group.allgather(answer, what="answer", limit_s=60)[0]
+        said = json.loads(answer)
+        assert [said[key] for key in ("layers", "experts", "slots", "ranks")] == [1, 32, 40, 2]
+        now, published, ours = said["placements"].values()
+        assert now["placement"] == [list(moe.placement.expert_of_S)]
+        loads = json.loads(text)["loads"]
+        assert sum(loads[0]) == steps * 2 * 64 * 2
+        assert now["max_over_mean"] == max_over_mean(loads, [moe.placement])
+        assert ours["max_over_mean"][0] <= published["max_over_mean"][0] < now["max_over_mean"][0]
+        assert 0 < ours["moved_slots"][0] < published["moved_slots"][0]
+        moe.place(Placement.of(ours["placement"][0], experts=32, ranks=2))
+        batch = batches(steps, 2)
+        want = reference_moe(*map(list, zip(*batch, strict=True)), weights, CONFIG)
+        assert torch.equal(moe(*batch[rank]), want[rank])
 
 
 @pytest.mark.parametrize(
