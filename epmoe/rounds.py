@@ -23,7 +23,9 @@ from epmoe.shared import shared_rows
 
 if TYPE_CHECKING:
     from epmoe.kernels.cuda import CudaOps
+    from epmoe.kernels.fused import FusedOps
 
+VERB = HEAD_FIELDS.index("verb")
 Head = tuple[int, ...]
 Tensors = Mapping[str, Tensor]
 Freight = Migration | None
@@ -151,25 +153,27 @@ class HostRounds:
 
 
 class CudaRounds:
-    """Rounds by launches on the caller's stream; nothing here waits for the GPU."""
+    """A round is one launch on the caller's stream; nothing here waits for the GPU.
+
+    Freight travels in a round of its own before, by the split verbs, which leave it time between
+    the words.
+    """
 
     def __init__(
         self, runtime: Runtime, layer: int, lane: int, weights: Tensors, shared: Tensors
     ) -> None:
-        from epmoe.kernels.cuda import CudaOps
+        from epmoe.kernels.fused import FusedOps
 
         words = runtime.lanes[lane].words
         if isinstance(words, Words):
             raise EpmoeError("rounds on a GPU need a device heap")
         self._runtime, self._config, self._words = runtime, runtime.configs[layer], words
-        self.ops: CudaOps = CudaOps(
-            self._config,
-            runtime.placed,
-            layer=layer,
-            lane=lane,
-            words=words,
-            pools=runtime.lanes[lane].pools,
+        self._layer, self._lane = layer, lane
+        pools = runtime.lanes[lane].pools
+        self.ops: FusedOps = FusedOps(
+            self._config, runtime.placed, layer=layer, lane=lane, words=words, pools=pools
         )
+        self._verbs: CudaOps | None = None  # made when experts move for the first time
         self._weights, self._shared = weights, shared
         placement = linear(runtime, self._config)
         self._chooser = Chooser(self._config, placement, runtime.group.rank)
@@ -202,24 +206,43 @@ class CudaRounds:
         self, turn: Lane, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Freight
     ) -> Tensor:
         """See ``Rounds``.  The round number that counts is the GPU's: graphs replay."""
-        shared = shared_rows(self._config, self._shared, x)
         out = torch.empty_like(x)
         if freight is not None:
-            freight.load()
-        self.ops.stage(x, slots, weights, head)
-        self.ops.pull()
-        if freight is not None:
-            freight.unload()
-        if VERBS[head[HEAD_FIELDS.index("verb")]] != "place":  # which has no rows
-            self.ops.ffn(head[HEAD_FIELDS.index("capacity")])
-        if freight is not None:
-            freight.landed()
-        self.ops.push()
-        self.ops.reduce(slots, weights, shared, out)
+            self._carry(turn, x[:0], slots[:0], weights[:0], head, freight)
+        if VERBS[head[VERB]] != "place":  # which has no rows
+            self.ops.round(x, slots, weights, head, out, shared_rows(self._config, self._shared, x))
+            self._ended(turn)
+        return out
+
+    def _carry(
+        self, turn: Lane, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Migration
+    ) -> None:
+        """A round without rows for the freight of the forward that ``head`` tells of."""
+        from epmoe.kernels.cuda import CudaOps
+
+        if self._verbs is None:
+            self._verbs = CudaOps(
+                self._config,
+                self._runtime.placed,
+                layer=self._layer,
+                lane=self._lane,
+                words=self._words,
+                rows=0,
+            )
+        verbs, head = self._verbs, (*head[:VERB], VERBS.index("place"), *head[VERB + 1 :])
+        freight.load()
+        verbs.stage(x, slots, weights, head)
+        verbs.pull()
+        freight.unload()
+        freight.landed()
+        verbs.push()
+        verbs.reduce(slots, weights, None, x)
+        self._ended(turn)
+
+    def _ended(self, turn: Lane) -> None:
         if turn.round == 1:
             self._words.limit(self._config.stall_s)
         turn.round += 1
-        return out
 
     def counted(self) -> Tensor:
         """See ``Rounds``; waits for the GPU."""
@@ -250,7 +273,7 @@ class CudaRounds:
         self._words.check()
         if not wait:
             return
-        if bad := int(self.ops.tallies[3]):
+        if bad := self.ops.bad():
             raise ValueError(
                 f"ids: {bad} choices so far were outside -1..{self._config.experts - 1}; they "
                 "counted as -1"

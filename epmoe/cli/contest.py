@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,16 +17,16 @@ from epmoe.cli.probes import ask_driver
 from epmoe.cli.race import LIMIT_S, Race, described
 from epmoe.comm.group import Group
 from epmoe.comm.layout import layout
+from epmoe.comm.words import Words
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
-from epmoe.kernels.gemm import BLOCK
+from epmoe.kernels.cuda import CudaOps
 from epmoe.kernels.ops import VERBS
+from epmoe.kernels.sizes import private_bytes
 from epmoe.moe import MoE
-from epmoe.rounds import CudaRounds
 
 OURS = ("split", "fused")
 PEER = "nccl, grouped_mm"
-FUSED = "epmoe.kernels.fused"
 APART = 2e-2  # relative: bf16 router weights of the peer and bf16 results on both sides
 
 
@@ -111,12 +109,8 @@ def weights(config: MoEConfig, group: Group, seed: int) -> dict[str, Tensor]:
 
 
 def memory(config: MoEConfig, ranks: int) -> dict[str, int]:
-    """Bytes of one rank: its slab, and the split path's rows, which hold whatever routing sends."""
-    local = config.slots_per_rank(ranks)
-    most = ranks * config.max_rows * min(config.choices, local)
-    pool = -(-(most + local * (BLOCK - 1)) // BLOCK) * BLOCK
-    row = (2 * config.hidden + config.inner) * config.itemsize + 12
-    return {"heap": layout([config], ranks).total, "private": pool * row}
+    """Bytes of one rank: its slab, and what the fused round keeps beside it."""
+    return {"heap": layout([config], ranks).total, "private": private_bytes(config, ranks)}
 
 
 def check_memory(config: MoEConfig, ranks: int) -> None:
@@ -127,7 +121,9 @@ def check_memory(config: MoEConfig, ranks: int) -> None:
     passing = config.max_rows * config.choices * config.itemsize
     passing *= 8 * config.hidden + 6 * config.inner
     ours = memory(config, ranks)
-    need = held + passing + ours["heap"] + 2 * ours["private"]
+    most = ranks * config.max_rows * min(config.choices, local) + 128 * local
+    split = most * (2 * config.hidden + config.inner) * config.itemsize  # has room for any routing
+    need = held + passing + ours["heap"] + ours["private"] + split
     torch.cuda.empty_cache()  # a heap takes its memory from the driver, not from torch
     free, _ = torch.cuda.mem_get_info()
     if need > free:
@@ -153,10 +149,12 @@ def run(
     torch.cuda.empty_cache()
     with MoE.open(config, group) as moe:
         moe.load(**held)
-        contestants: dict[str, Callable[[], Tensor]] = {"split": partial(moe, *batch)}
+        contestants: dict[str, Callable[[], Tensor]] = {}
         with group.guarded("make the contestants", LIMIT_S):
-            if "fused" not in without and importlib.util.find_spec(FUSED) is not None:
-                contestants["fused"] = _fused(moe, config, held, drawn)
+            split = _split(moe, config, held)
+            contestants["split"] = partial(_by_verbs, split, drawn)
+            if "fused" not in without:
+                contestants["fused"] = partial(moe, *batch)
             contestants[PEER] = partial(Nccl(config, group, held), *batch)
         answers = {name: call() for name, call in contestants.items()}
         moe.check()
@@ -164,12 +162,9 @@ def run(
             apart = _apart(answers, group.rank)
         race = Race(group)
         us = race.run(contestants, rounds)
-        verbs = race.parts({"split": _verbs(moe, config, drawn)}, rounds)
+        verbs = race.parts({"split": _verbs(split, drawn)}, rounds)
         moe.check()
-        rounds_of = moe._rounds[0]
-        if not isinstance(rounds_of, CudaRounds):
-            raise EpmoeError(f"config.heap must be of GPU memory, got {config.heap}")
-        came = int(rounds_of.ops.slot_rows.sum())
+        came = int(split.slot_rows.sum())
         numbers = group.allgather(f"{apart} {came}".encode(), what="results", limit_s=LIMIT_S)
         said = [tuple(map(float, one.split())) for one in numbers]
     return Entry(
@@ -194,36 +189,35 @@ def _apart(answers: Mapping[str, Tensor], rank: int) -> float:
     return apart
 
 
-def _fused(
-    moe: MoE, config: MoEConfig, held: Mapping[str, Tensor], drawn: Drawn
-) -> Callable[[], Tensor]:
-    """The fused round on the layer's own lane, between the split ones."""
+def _split(moe: MoE, config: MoEConfig, held: Mapping[str, Tensor]) -> CudaOps:
+    """The separate launches on the layer's own lane, between the fused rounds."""
     runtime = moe._runtime
-    fused: Any = importlib.import_module(FUSED).FusedOps(
-        config, runtime.placed, layer=0, lane=0, words=runtime.lanes[0].words
-    )
-    fused.adopt(held)
-    head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
-
-    def forward() -> Tensor:
-        out = torch.empty_like(drawn.x)
-        fused.round(drawn.x, drawn.ids.to(torch.int32), drawn.weights, head, out)
-        return out
-
-    return forward
-
-
-def _verbs(moe: MoE, config: MoEConfig, drawn: Drawn) -> tuple[tuple[str, Callable[[], Any]], ...]:
-    """The split path's launches, one by one, in order."""
-    rounds = moe._rounds[0]
-    if not isinstance(rounds, CudaRounds):
+    words = runtime.lanes[0].words
+    if isinstance(words, Words):
         raise EpmoeError(f"config.heap must be of GPU memory, got {config.heap}")
-    ops, slots, out = rounds.ops, drawn.ids.to(torch.int32), torch.empty_like(drawn.x)
-    head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
+    split = CudaOps(config, runtime.placed, layer=0, lane=0, words=words)
+    split.adopt(held)
+    return split
+
+
+def _head(config: MoEConfig) -> tuple[int, ...]:
+    return (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
+
+
+def _by_verbs(split: CudaOps, drawn: Drawn) -> Tensor:
+    out = torch.empty_like(drawn.x)
+    slots = drawn.ids.to(torch.int32)
+    split.round(drawn.x, slots, drawn.weights, _head(split.config), out)
+    return out
+
+
+def _verbs(split: CudaOps, drawn: Drawn) -> tuple[tuple[str, Callable[[], Any]], ...]:
+    """The split path's launches, one by one, in order."""
+    slots, out = drawn.ids.to(torch.int32), torch.empty_like(drawn.x)
     return (
-        ("stage", partial(ops.stage, drawn.x, slots, drawn.weights, head)),
-        ("pull", ops.pull),
-        ("experts", ops.ffn),
-        ("push", ops.push),
-        ("reduce", partial(ops.reduce, slots, drawn.weights, None, out)),
+        ("stage", partial(split.stage, drawn.x, slots, drawn.weights, _head(split.config))),
+        ("pull", split.pull),
+        ("experts", split.ffn),
+        ("push", split.push),
+        ("reduce", partial(split.reduce, slots, drawn.weights, None, out)),
     )

@@ -11,6 +11,7 @@ from epmoe.cli.ranks import first_rank
 from epmoe.cli.tables import show, show_json, size
 from epmoe.comm.layout import layout, table
 from epmoe.config import DTYPES, FORMATS, HEAPS, MoEConfig
+from epmoe.kernels.sizes import private_bytes
 from epmoe.shapes import SHAPES, shape
 
 DETAIL = """\
@@ -80,6 +81,7 @@ def show_layout(config: MoEConfig, ranks: int, *, as_json: bool) -> int:
         raise ValueError(f"--ranks must be at least 1, got {ranks}")
     config.slots_per_rank(ranks)  # refuses what open would refuse
     regions, total = table([config], ranks), layout([config], ranks).total
+    private = private_bytes(config, ranks) if on_gpu(config) else None
     if as_json:
         names = ("region", "at", "shape", "bytes")
         show_json(
@@ -89,6 +91,7 @@ def show_layout(config: MoEConfig, ranks: int, *, as_json: bool) -> int:
                 "regions": [dict(zip(names, region, strict=True)) for region in regions],
                 "bytes_per_rank": total,
                 "bytes_all_ranks": total * ranks,
+                "private_bytes_on_gpu": private,
             }
         )
         return 0
@@ -102,7 +105,15 @@ def show_layout(config: MoEConfig, ranks: int, *, as_json: bool) -> int:
     print(
         f"  {size(total)} per rank, {size(total * ranks)} for all; here {free} of memory are free"
     )
+    if private is not None:
+        print(f"  on a GPU a rank keeps {size(private)} beside it, whatever is routed")
     return 0
+
+
+def on_gpu(config: MoEConfig) -> bool:
+    """True if the CUDA kernels compute this layer."""
+    plain = config.dtype == "bf16" and config.format == "plain"
+    return plain and config.hidden % 64 == 0 and config.inner % 64 == 0
 
 
 def print_tables(found: dict[str, Any]) -> None:

@@ -39,7 +39,9 @@ class CudaOps:
         lane: int,
         words: DeviceWords,
         pools: MutableMapping[object, Tensor] | None = None,
+        rows: int | None = None,
     ) -> None:
+        """``rows``: what the pool holds; None: whatever routing can send here."""
         if config.dtype != "bf16" or config.format != "plain":
             raise EpmoeError(
                 f"the CUDA kernels compute plain bf16, got {config.format} {config.dtype}"
@@ -48,7 +50,7 @@ class CudaOps:
         ranks = self.ranks = words.ranks
         local = config.slots_per_rank(ranks)
         most = ranks * config.max_rows * min(config.choices, local)
-        pool = -(-(most + local * (BLOCK - 1)) // BLOCK) * BLOCK
+        pool = -(-(most + local * (BLOCK - 1)) // BLOCK) * BLOCK if rows is None else rows
         hidden, inner = config.hidden, config.inner
 
         def cuda(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -75,19 +77,20 @@ class CudaOps:
         self._world = words.world()
         tallies = [self.tallies.data_ptr() + 4 * i for i in range(5)]
         kept = (self.counts, self.slot_rows, self.loads, self.origin, self.scale)
-        rows = (self.rows, self.results)
-        self._private = struct.pack("<12Q", *(t.data_ptr() for t in (*kept, *rows)), *tallies)
+        both = (self.rows, self.results)
+        addresses = (*(t.data_ptr() for t in (*kept, *both)), *tallies)
+        self._private = struct.pack("<12QII", *addresses, pool, 0)
         # One rank has no link to saturate: all processors move.
         movers = MOVING if ranks > 1 else processors_of(torch.cuda.current_device())
         moving = {"grid": (movers,), "block": MOVERS * 32, "shared": MOVER_SHARED}
-        both = [self._world, self._private]
-        self._pull = Launch(self._kernels["pull"], args=both, **moving)  # type: ignore[arg-type]
-        self._push = Launch(self._kernels["push"], args=both, **moving)  # type: ignore[arg-type]
+        given = [self._world, self._private]
+        self._pull = Launch(self._kernels["pull"], args=given, **moving)  # type: ignore[arg-type]
+        self._push = Launch(self._kernels["push"], args=given, **moving)  # type: ignore[arg-type]
         head = bytes(8 * HEAD)
-        stage = [*both, 0, 0, 0, 0, head]
+        stage = [*given, 0, 0, 0, 0, head]
         self._stage = Launch(self._kernels["stage"], (ranks + COPIERS,), 1024, stage)
         grid = processors_of(torch.cuda.current_device()) * 4
-        self._reduce = Launch(self._kernels["reduce"], (grid,), 256, [*both, 0, 0, 0, 0, 0])
+        self._reduce = Launch(self._kernels["reduce"], (grid,), 256, [*given, 0, 0, 0, 0, 0])
         self._gemms: dict[int, tuple[Launch, ...]] = {}
         self._weights: tuple[Tensor | None, ...] = ()
 
@@ -122,11 +125,11 @@ class CudaOps:
     def stage(self, x: Tensor, slots: Tensor, weights: Tensor, head: tuple[int, ...]) -> None:
         """My rows into my slab, counts and lists to the peers, C to each.  int32 slots."""
         packed = struct.pack(f"<{HEAD}q", *head)
-        self._stage.enqueue(_stream(), x, slots, weights, len(x), packed)
+        self._stage.enqueue(raw_stream(), x, slots, weights, len(x), packed)
 
     def pull(self) -> None:
         """Wait for all C; the asked rows into the pool, grouped by slot."""
-        self._pull.enqueue(_stream())
+        self._pull.enqueue(raw_stream())
 
     def ffn(self, capacity: int | None = None) -> None:
         """Both GEMMs with the activation between them; ``capacity`` rows a rank at most (max_rows).
@@ -136,16 +139,16 @@ class CudaOps:
         config = self.config
         expected = (capacity or config.max_rows) * config.choices * self.ranks / config.places
         for gemm in self._gemms[FEW if expected <= 32 else 0]:
-            gemm.enqueue(_stream())
+            gemm.enqueue(raw_stream())
 
     def push(self) -> None:
         """Results to their sources' cells, then Y to every peer."""
-        self._push.enqueue(_stream())
+        self._push.enqueue(raw_stream())
 
     def reduce(self, slots: Tensor, weights: Tensor, shared: Tensor | None, out: Tensor) -> None:
         """Wait for all Y; the sum over choices; NaN after a fault.  The round is over."""
         self._reduce.enqueue(
-            _stream(), slots, weights, 0 if shared is None else shared, out, len(out)
+            raw_stream(), slots, weights, 0 if shared is None else shared, out, len(out)
         )
 
     def round(
@@ -198,6 +201,6 @@ def compiled(
     return {verb: compile_kernel("verbs.cu", verb, defines) for verb in verbs}
 
 
-def _stream() -> int:
-    """As ``torch.cuda.current_stream().cuda_stream``, without an object: seven times a round."""
+def raw_stream() -> int:
+    """As ``torch.cuda.currentraw_stream().cuda_stream``, without an object: seven times a round."""
     return int(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))

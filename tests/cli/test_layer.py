@@ -15,6 +15,7 @@ from epmoe.cli.nccl import Nccl
 from epmoe.cli.roofline import floor
 from epmoe.comm.layout import layout
 from epmoe.errors import EpmoeError
+from epmoe.kernels.sizes import private_bytes
 from epmoe.shapes import shape
 
 PEER = contest.PEER
@@ -117,13 +118,10 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, argv):
     assert callable(probes.ask_driver)
 
 
-def test_memory_is_the_slab_and_the_pool_of_the_split_path():
+def test_memory_is_the_slab_and_what_the_fused_round_keeps():
     config = shape("dsv3", max_rows=8192, heap="cuda")
     found = contest.memory(config, 8)
-    assert found["heap"] == layout([config], 8).total
-    pool = 8 * 8192 * 8 + 32 * 127
-    pool += -pool % 128
-    assert found["private"] == pool * ((2 * 7168 + 2048) * 2 + 12)
+    assert found == {"heap": layout([config], 8).total, "private": private_bytes(config, 8)}
 
 
 def test_a_layer_that_does_not_fit_is_refused(monkeypatch):

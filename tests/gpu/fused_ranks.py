@@ -20,7 +20,8 @@ from epmoe import MoE, MoEConfig
 from epmoe.cli.contest import gpus
 from epmoe.cli.ranks import on_ranks
 from epmoe.comm.layout import layout
-from epmoe.kernels import fused
+from epmoe.kernels import fused, sizes
+from epmoe.kernels.cuda import CudaOps
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
 from epmoe.kernels.ops import VERBS
@@ -69,7 +70,9 @@ def check(group, name, config, rounds, **how):
     with MoE.open(config, group) as moe:
         weights = weights_of(replace(config, experts=config.slots_per_rank(group.size)))
         moe.load(**weights)
-        words, split = moe._runtime.lanes[0].words, moe._rounds[0].ops
+        words = moe._runtime.lanes[0].words
+        split = CudaOps(config, moe._runtime.placed, layer=0, lane=0, words=words)
+        split.adopt(weights)
         ours = FusedOps(config, moe._runtime.placed, layer=0, lane=0, words=words, **how)
         ours.adopt(weights)
         for i in range(rounds):
@@ -98,7 +101,7 @@ def check(group, name, config, rounds, **how):
 def build(config, ranks, how):
     """Fill the file cache with what a check needs."""
     placed = layout([config], ranks)
-    compiled(config, ranks, placed, 0, 0, **how)
+    compiled(config, ranks, placed, 0, 0, among=(how["tall"],), **how)
     split_kernels(config, ranks, placed, 0, 0)
 
 
@@ -157,7 +160,7 @@ def main():
     asked = parser.parse_args()
     ranks, roomy = asked.ranks or gpus(), fused.ring_blocks
     if asked.tight:
-        fused.ring_blocks = lambda *given: max(1, roomy(*given) - 32)
+        sizes.ring_blocks = fused.ring_blocks = lambda *given: roomy(*given) - sizes.SPARE
     ways = [{"tall": tall, "counted": counted} for tall in (0, 128) for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:

@@ -18,7 +18,7 @@ import torch
 
 from epmoe import MoEConfig
 from epmoe.comm.layout import layout
-from epmoe.kernels.cuda import CudaOps
+from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.fused import FusedOps
 
 HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
@@ -83,15 +83,15 @@ def opened(config, **how):
     # The split verbs count blocks by round, so each way gets its own rounds.
     split = CudaOps(config, placed, layer=0, lane=0, words=Alone(placed.total))
     fused = FusedOps(config, placed, layer=0, lane=0, words=words, **how)
-    weights = weights_of(config)
+    weights = laid_out(config, weights_of(config))
     split.adopt(weights)
     fused.adopt(weights)
-    return words, split, fused
+    return words, split, fused, weights
 
 
 def check(config, rounds, **how):
     torch.manual_seed(1)
-    words, split, fused = opened(config, **how)
+    words, split, fused, _ = opened(config, **how)
     rng, wrong = random.Random(1), []
     for i in range(rounds):
         rows = [0, config.max_rows, rng.randrange(1, config.max_rows), 1][i % 4]
@@ -135,7 +135,7 @@ def times(name, hidden, inner, experts, choices, rows):
     config = MoEConfig(
         experts=experts, choices=choices, hidden=hidden, inner=inner, max_rows=rows, heap="cuda"
     )
-    words, split, fused = opened(config)
+    words, split, fused, laid = opened(config)
     placed, others = (
         layout([config], 1),
         {"other order": {"counted": rows * choices <= 32 * experts}, "16": {"communicators": 16}},
@@ -147,8 +147,7 @@ def times(name, hidden, inner, experts, choices, rows):
         for name, how in others.items()
     }
     for ops in made.values():
-        ops._weights = fused._weights
-        ops.adopt_maps()
+        ops.adopt(laid)
     x, ids, w = batch(config, rows, "any")
     out = torch.empty_like(x)
     variants = {"split": lambda: split.round(x, ids, w, HEAD, out), "gemms": split.ffn}

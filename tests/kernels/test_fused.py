@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("cuda.core")
 from epmoe import MoEConfig
 from epmoe.comm.layout import layout
-from epmoe.kernels.fused import compiled, few_rows
+from epmoe.kernels.fused import compiled
+from epmoe.kernels.sizes import few_rows, most_blocks, private_bytes, ring_blocks, talls
 
 SHAPES = {  # experts, choices, hidden, inner
     "dsv3": (256, 8, 7168, 2048),
@@ -62,6 +63,31 @@ def test_other_activations_spill_little(activation):
 
 
 def test_the_narrow_path_is_for_few_rows_a_slot_on_all_ranks_together():
-    assert few_rows(config("dsv3", max_rows=128), 8) == 128  # 32 rows a slot
-    assert few_rows(config("dsv3", max_rows=129), 8) == 0
-    assert few_rows(config("dsv3", max_rows=1024), 1) == 128
+    dsv3 = config("dsv3", max_rows=1024)
+    assert few_rows(dsv3, 8, 128) == 128  # 32 rows a slot
+    assert few_rows(dsv3, 8, 129) == 0
+    assert few_rows(dsv3, 1, 1024) == 128
+    assert talls(dsv3, 8) == (0, 128)
+    assert talls(dsv3, 1) == (128,)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "heap", "private"),
+    [("dsv3", 8192, 2.5e9, 1.5e9), ("qwen3-30b", 512, 50e6, 100e6 + 50e6)],
+)
+def test_memory_does_not_grow_with_what_routing_could_send(shape, rows, heap, private):
+    one = config(shape, max_rows=rows)
+    slab, work = layout([one], 8).total, private_bytes(one, 8)
+    assert slab <= heap
+    assert work <= private
+    if shape == "qwen3-30b":
+        assert slab + work <= 150e6
+    assert most_blocks(one, 8) >= 8 * rows * 8 // 128  # all of it on one rank
+
+
+def test_the_ring_holds_what_must_be_under_way():
+    dsv3 = config("dsv3", max_rows=8192)
+    # 15.5 blocks of lag, two groups of 16, two rows of a batch, 16 to spare
+    assert ring_blocks(dsv3, 8, 132, 8, (0,)) == 16 + 32 + 2 + 16
+    small = config("dsv3", max_rows=1)
+    assert ring_blocks(small, 8, 132, 8, (0,)) == most_blocks(small, 8) == 33

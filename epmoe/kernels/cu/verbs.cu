@@ -27,6 +27,7 @@ struct Private {
     u32* reduced;     // blocks that have reduced
     u32* bad;         // choices that named no slot
     u32* came;        // 2 * round + kind of the last words that block 0 has seen from all ranks
+    u32 pool, unused;  // rows of the pool
 };
 
 struct Head {
@@ -215,6 +216,11 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32) pull(World world, Priv
     make_tables(t);
     if (threadIdx.x < RANKS && t.first[threadIdx.x][LOCAL] != (int)asked[threadIdx.x])
         fail(world, CORRUPT, threadIdx.x, WORD_C, round, asked[threadIdx.x], 0);
+    if (threadIdx.x == 0) {  // where ranks disagree on the call, a pool without rows is asked for some
+        u32 all = 0;
+        for (int r = 0; r < RANKS; ++r) all += t.first[r][LOCAL];
+        if (all > mine.pool) fail(world, CORRUPT, world.rank, WORD_C, round, all, 0);
+    }
     __syncthreads();
     if (faulted(world)) return;
     fence_async_global();
