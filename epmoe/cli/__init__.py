@@ -1,4 +1,4 @@
-"""The command line: epmoe demo · doctor · bench · balance."""
+"""The command line: epmoe demo · doctor · bench · balance · trace."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from epmoe.cli import balance, bench, demo, doctor
+from epmoe.cli import balance, bench, demo, doctor, trace
 from epmoe.errors import EpmoeError
 
-VERBS = (demo, doctor, bench, balance)
+VERBS = (demo, doctor, bench, balance, trace)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

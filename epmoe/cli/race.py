@@ -29,15 +29,17 @@ rounds (three more warm up).  Rows are random normal; outputs are compared befor
 class Race:
     """Collective to use; needs torch.distributed on NCCL for the common start."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group, *, cold: bool = True) -> None:
+        """Without ``cold`` each turn finds the caches as the one before left them."""
+        self._group, self._read = group, cold
         self._cold = torch.zeros(COLD // 4, dtype=torch.int32, device="cuda")
         self._one = torch.zeros(1, device="cuda")
 
     def start(self) -> None:
-        """Cold caches, a sleep, and all ranks at the same point of their streams."""
+        """Caches cold or as they are, a sleep, all ranks at the same point of their streams."""
         self._group.allgather(b"", what="start", limit_s=LIMIT_S)
-        self._cold.max()
+        if self._read:
+            self._cold.max()
         torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]
         self.align()
 

@@ -7,23 +7,42 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from epmoe.kernels.compile import SOURCES
 from epmoe.kernels.fused import NOTE, NOTES, ROLES
 
 HEADER = 2  # notes that the header takes
+# Spans in which a role can only wait: for a peer, or for another role of its rank.  Work has waits
+# inside too (a product waits for its operands), which the notes do not tell apart.
+WAITS = frozenset({"wait_c", "wait_y", "wait_rows", "wait_half", "take", "idle"})
+# One span: its CTA, which role, which name, nanoseconds since the round's first reading.
+SPAN = np.dtype([("cta", "<u2"), ("role", "u1"), ("name", "u1"), ("begin", "<i8"), ("end", "<i8")])
+Spans = npt.NDArray[np.void]  # of SPAN
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One role of one CTA from ``begin`` to ``end``, nanoseconds of the GPU's own timer."""
+    """One role of one CTA from ``begin`` to ``end``, nanoseconds since the round began here."""
 
     cta: int
     role: str
     name: str
-    begin: float
-    end: float
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A round as one GPU saw it.  ``timer`` is that GPU's timer at nanosecond 0 of the spans.
+
+    ``full`` names the roles (CTA, role) that used all their notes: what they did later is lacking.
+    """
+
+    timer: int
+    spans: Spans
+    full: tuple[tuple[int, str], ...]
 
 
 def names_of(kind: str) -> list[str]:
@@ -39,22 +58,50 @@ def names_of(kind: str) -> list[str]:
     return [name.strip().lower() for name in found[1].split(",") if name.strip()]
 
 
-def spans(notes: Tensor, grid: int) -> Iterator[Span]:
-    """What ``FusedOps.notes`` holds after a round; waits for the GPU.
+def decode(notes: Tensor, grid: int) -> Traced:
+    """What ``FusedOps.notes`` holds after one round from cleared notes; waits for the GPU.
 
-    Clocks of an SM become nanoseconds by the role's two common readings of clock and timer.
+    Notes are in clocks of their SM.  A straight line through all readings of clock and timer that
+    the roles of a CTA took makes them nanoseconds: a reading of the timer is up to a tick old, and
+    ten of them are wrong by less than one.
+
+    Example: readings (clock 1000, timer 5000) and (3000, 6000), a note that ends at clock 2000 and
+    is 400 clocks long: nanoseconds 300 to 500 since 5000.
     """
     words = notes.cpu().numpy().view(np.uint64).reshape(grid, ROLES, NOTES, NOTE // 8)
-    names, roles = names_of("Span"), names_of("Role")
+    readings = words[:, :, :HEADER].reshape(grid, ROLES, 2, 2)  # first, last: clock, timer
+    there = readings[:, :, 1, 0] > readings[:, :, 0, 0]  # a CTA has not every role
+    if not there.any():
+        return Traced(0, np.zeros(0, SPAN), ())
+    roles, names = names_of("Role"), names_of("Span")
+    timer = readings[there][:, 0, 1].min()
+    found, full = [], []
     for cta in range(grid):
-        for role in range(ROLES):
-            told = words[cta, role]
-            (clock, first), (last_clock, last) = told[:HEADER].tolist()
-            if last_clock <= clock:
-                continue  # this CTA has no such role
-            rate = (last - first) / (last_clock - clock)
-            taken = told[HEADER:]
-            for end, packed in taken[: int((taken[:, 0] == 0).argmax())].tolist():
-                length, name = packed & 0xFFFFFFFF, packed >> 32
-                stop = first + (end - clock) * rate
-                yield Span(cta, roles[role], names[name], stop - length * rate, stop)
+        clock, since = readings[cta][there[cta]].reshape(-1, 2).T
+        if not len(clock):
+            continue
+        first = clock.min()
+        rate, zero = np.polyfit((clock - first).astype(float), (since - timer).astype(float), 1)
+        for role in np.flatnonzero(there[cta]):
+            taken = words[cta, role, HEADER:]
+            taken = taken[: np.count_nonzero(taken[:, 0])]
+            name, length = taken[:, 1] >> 32, taken[:, 1] & 0xFFFFFFFF
+            if len(taken) and name.max() >= len(names):
+                raise ValueError(f"notes of CTA {cta} name span {name.max()} of {len(names)}")
+            if len(taken) == NOTES - HEADER:
+                full.append((cta, roles[role]))
+            spans = np.zeros(len(taken), SPAN)
+            spans["cta"], spans["role"], spans["name"] = cta, role, name
+            ends = (taken[:, 0] - first).astype(float)
+            # From clocks, not from the end's nanoseconds: a span begins where the one before ends.
+            spans["begin"] = np.rint(zero + rate * (ends - length))
+            spans["end"] = np.rint(zero + rate * ends)
+            found.append(spans)
+    return Traced(int(timer), np.concatenate(found), tuple(full))
+
+
+def spans(notes: Tensor, grid: int) -> Iterator[Span]:
+    """The spans of ``decode`` one by one, by CTA and role, each role's in order of time."""
+    roles, names = names_of("Role"), names_of("Span")
+    for cta, role, name, begin, end in decode(notes, grid).spans.tolist():
+        yield Span(cta, roles[role], names[name], begin, end)

@@ -1,0 +1,77 @@
+"""epmoe trace without a GPU: what it refuses, what it prints."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+from epmoe.cli import contest, main, trace
+from epmoe.cli.timeline import Told, timeline
+from epmoe.kernels.trace import SPAN, Traced, names_of
+
+SPANS, ROLE = names_of("Span"), names_of("Role")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--shape", "gpt5"], "--shape must be one of dsv3, "),
+        (["--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--skew", "-1"], "--skew must be at least 0, got -1.0"),
+        (["--out", "/no/such/t.json"], "--out must lie in a folder that exists, got '/no/such/"),
+    ],
+)
+def test_a_wrong_argument_is_named(capsys, argv, said):
+    assert main(["trace", *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(contest, "ask_driver", lambda: {"error": "libcuda.so.1 is not here"})
+    assert main(["trace", "--out", str(tmp_path / "t.json")]) == 1
+    assert "no GPU here: libcuda.so.1 is not here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_how_ranks_are_aligned(capsys):
+    with pytest.raises(SystemExit):
+        main(["trace", "--help"])
+    assert "ranks are drawn such that all leave wait_c" in capsys.readouterr().out
+
+
+def report(ranks, *, waits_c=True, full=()):
+    spans = [("stage", 0, 1500)] + ([("wait_c", 1500, 4000)] if waits_c else [])
+    spans += [("work", 4000, 90_000), ("wait_y", 90_000, 91_250)]
+    rows = [(0, ROLE.index("whole_cta"), SPANS.index(name), b, e) for name, b, e in spans]
+    told = [Told("H200", Traced(0, np.array(rows, SPAN), full)) for _ in range(ranks)]
+    args = argparse.Namespace(
+        shape="dsv3", rows=128, skew=0.5, heap="cuda", warm=False, out="t.json.gz"
+    )
+    return trace._report(timeline(told), {"plain": 90.04, "noted": 95.5}, args) | {"bytes": 2048}
+
+
+def printed(capsys, made):
+    trace.print_tables(made)
+    return capsys.readouterr().out
+
+
+def test_the_tables_say_what_ran_what_notes_cost_and_where_time_went(capsys):
+    out = printed(capsys, report(2))
+    assert "on 2 x H200, " in out
+    assert "dsv3, 128 rows, skew 0.5, cold caches: a round takes 90.0 us, with notes 95.5" in out
+    assert "ranks are aligned where they leave wait_c, to about 0.0 us" in out
+    assert "2.0 KiB in t.json.gz" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["1", "0.0", "4.0", "91.2", "91.2", "4"] in lines
+    assert ["whole", "cta", "wait_c", "waits", "2", "1.0", "2.5", "1.5", "4.0"] in lines
+    assert ["whole", "cta", "work", "2", "1.0", "86.0", "4.0", "90.0"] in lines
+    assert "ran out of notes" not in out
+
+
+def test_what_cannot_be_known_is_said(capsys):
+    assert "aligned" not in printed(capsys, report(1))
+    out = printed(capsys, report(2, waits_c=False, full=((7, "scout"),)))
+    assert "the ranks share no event: each has its own time" in out
+    assert "aligned" not in out
+    assert "rank 1: 1 roles ran out of notes" in out
