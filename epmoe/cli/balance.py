@@ -23,9 +23,10 @@ DETAIL = f"""\
 
 The placement in force is the file's, or one slot after the other if it has none.  Compared with it
 are the published DeepSeek planner, which starts from nothing, and epmoe's, which starts from the
-placement in force (--fresh: from nothing) and stops at --enough.  max/mean is the load of the
-fullest rank over that of the mean rank: a round waits for the fullest.  Wire is what crosses from
-rank to rank: slots that move, times --slot-bytes; busiest is the most that one rank sends or gets.
+placement in force (--fresh: from nothing) and stops where published ends, or at --enough.  max/mean
+is the load of the fullest rank over that of the mean rank: a round waits for the fullest.  Wire is
+what crosses from rank to rank: slots that move, times --slot-bytes; busiest is the most that one
+rank sends or gets.
 Exit status 0, or 2 if the loads cannot be read or planned."""
 
 
@@ -41,9 +42,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("loads", metavar="LOADS", help="csv, npz, npy, json, or - for stdin")
     parser.add_argument("--ranks", type=int, help="ranks (the file's, if it says)")
     parser.add_argument("--slots", type=int, help="slots of all ranks (the file's, or the experts)")
-    parser.add_argument(
-        "--enough", type=float, help="stop moving at this max/mean (published's)"
-    )
+    parser.add_argument("--enough", type=float, help="stop moving at this max/mean (published's)")
     parser.add_argument("--fresh", action="store_true", help="plan as if nothing were in force")
     parser.add_argument("--groups", type=int, default=1, help="expert groups, if hierarchical (1)")
     parser.add_argument("--hosts", type=int, default=1, help="hosts, if hierarchical (1)")

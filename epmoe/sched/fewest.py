@@ -36,9 +36,10 @@ def fewest(loads_E: Floats, old: Placement, limit: float, below: int) -> Placeme
     effort, found = EFFORT * below / old.slots, None
     for width in WIDTHS:
         turn = TURN + width * scores
-        if below <= 1 or (below - 1) * turn > effort:
+        turns = int(effort / turn)
+        if below <= 1 or turns * 4 < below - 1:  # what is found needs far less moves, or nothing is
             break
-        search = _Search(loads_E, old, limit, below - 1, width)
+        search = _Search(loads_E, old, limit, min(below - 1, turns), width)
         row = search.found()
         effort -= search.turns * turn
         if row is not None:
