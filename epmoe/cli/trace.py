@@ -39,7 +39,10 @@ two medians say what the notes cost.  Then one more round is traced.
 In the file a rank is a process and a role of a CTA a thread.  Open it in ui.perfetto.dev or
 chrome://tracing; a name that ends in .gz is written packed, which Perfetto opens as well.
 
-Time: an SM's clock is laid beside its GPU's timer by all readings that the roles of a CTA take.
+Time: an SM's clock is laid beside its GPU's timer by the readings that the roles of a CTA take when
+they begin and end.  There is none in between, where the clock may change its pace: in the middle of
+a long round spans may be drawn some microseconds off.
+
 Timers of different GPUs are not promised to agree.  So ranks are drawn such that all leave wait_c
 at the same moment: the last word C goes to all of them at once, and each leaves when it has come.
 They then should leave wait_y together as well; how far they are apart is printed, and no order of
@@ -86,9 +89,10 @@ def main(args: argparse.Namespace) -> int:
 
     def body(group: Group) -> int:
         with contest.ready(group):
-            told, us = _traced(group, args)
+            mine, us = _traced(group, args)
+        said = group.allgather(mine.packed(), what="spans", limit_s=LIMIT_S)
         if group.rank == 0:
-            line = timeline(told)
+            line = timeline([Told.unpacked(one) for one in said])
             report = _report(line, us, args)
             report["bytes"] = write(out, line, report)
             if args.json:
@@ -100,8 +104,8 @@ def main(args: argparse.Namespace) -> int:
     return on_ranks(args.ranks, contest.gpus(), body)
 
 
-def _traced(group: Group, args: argparse.Namespace) -> tuple[list[Told], dict[str, float]]:
-    """Collective: what all ranks tell, and the median times of rounds without and with notes."""
+def _traced(group: Group, args: argparse.Namespace) -> tuple[Told, dict[str, float]]:
+    """Collective: one round, and the median times of rounds without and with notes."""
     config = shape(args.shape, max_rows=args.rows, heap=args.heap, stall_s=20.0, open_s=120.0)
     with group.guarded("see whether it fits", LIMIT_S):
         contest.check_memory(config, group.size)
@@ -126,9 +130,7 @@ def _traced(group: Group, args: argparse.Namespace) -> tuple[list[Told], dict[st
         race.start()
         rounds["noted"]()
         moe.check()
-        mine = Told(torch.cuda.get_device_name(), decode(noting.notes, noting.grid))
-        said = group.allgather(mine.packed(), what="spans", limit_s=LIMIT_S)
-    return [Told.unpacked(one) for one in said], us
+        return Told(torch.cuda.get_device_name(), decode(noting.notes, noting.grid)), us
 
 
 def _fused(moe: MoE, config: MoEConfig, held: Mapping[str, Tensor], *, trace: bool) -> FusedOps:

@@ -1,6 +1,8 @@
 """epmoe trace without a GPU: what it refuses, what it prints."""
 
 import argparse
+import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -38,6 +40,34 @@ def test_help_says_how_ranks_are_aligned(capsys):
     with pytest.raises(SystemExit):
         main(["trace", "--help"])
     assert "ranks are drawn such that all leave wait_c" in capsys.readouterr().out
+
+
+def test_rank_0_writes_and_prints_what_all_ranks_told(monkeypatch, capfd, tmp_path):
+    """The whole verb on two ranks, but for the round itself."""
+
+    def traced(group, args):
+        late = 5000 * group.rank
+        rows = [(0, "stage", late, late + 900), (1, "wait_c", late + 900, late + 2000)]
+        rows += [(1, "wait_y", late + 2000, late + 9000 + 70 * group.rank)]
+        made = [(cta, 0, SPANS.index(name), begin, end) for cta, name, begin, end in rows]
+        return Told("H200", Traced(0, np.array(made, SPAN), ())), {"plain": 9.0, "noted": 9.5}
+
+    monkeypatch.setattr(contest, "gpus", lambda: 2)
+    monkeypatch.setattr(contest, "ready", lambda group: nullcontext())
+    monkeypatch.setattr(trace, "_traced", traced)
+    out = tmp_path / "t.json"
+    assert main(["trace", "--shape", "dsv3", "--out", str(out)]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("on 2 x H200") == 1
+    assert "where they leave wait_c, to about 0.1 us" in printed
+    made = json.loads(out.read_text())
+    assert made["otherData"]["apart_us"] == 0.07
+    assert made["otherData"]["round_us"] == {"plain": 9.0, "noted": 9.5}
+    spans = [e for e in made["traceEvents"] if e["ph"] == "X"]
+    assert [(e["pid"], e["ts"], e["dur"]) for e in spans if e["name"] == "wait_y"] == [
+        (0, 2.0, 7.0),
+        (1, 2.0, 7.07),
+    ]
 
 
 def report(ranks, *, waits_c=True, full=()):
