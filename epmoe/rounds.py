@@ -177,6 +177,7 @@ class CudaRounds:
         self._weights, self._shared = weights, shared
         placement = linear(runtime, self._config)
         self._chooser = Chooser(self._config, placement, runtime.group.rank)
+        self._table = self._chooser.table
         self._expert_of_S = torch.tensor(placement.expert_of_S)
         # Counts up to a change of placement, and what the slots held until then.
         self._unread: list[tuple[Tensor, Tensor]] = []
@@ -199,8 +200,8 @@ class CudaRounds:
         self._chooser.place(placement)
 
     def slots(self, ids: Tensor) -> Tensor:
-        """See ``Rounds``."""
-        return self._chooser.slots(ids)
+        """See ``Rounds``.  Where every expert has one slot, the round itself looks it up."""
+        return self._chooser.slots(ids) if self._table is None else ids
 
     def run(
         self, turn: Lane, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Freight
@@ -210,7 +211,8 @@ class CudaRounds:
         if freight is not None:
             self._carry(turn, x[:0], slots[:0], weights[:0], head, freight)
         if VERBS[head[VERB]] != "place":  # which has no rows
-            self.ops.round(x, slots, weights, head, out, shared_rows(self._config, self._shared, x))
+            shared = shared_rows(self._config, self._shared, x)
+            self.ops.round(x, slots, weights, head, out, shared, self._table)
             self._ended(turn)
         return out
 

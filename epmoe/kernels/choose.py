@@ -29,6 +29,11 @@ class Chooser:
         self._counts = placement.counts_E.cuda()
         self._launches: dict[torch.dtype, Launch] = {}
 
+    @property
+    def table(self) -> Tensor | None:
+        """int32, the slot of every expert, if there are no more slots than experts."""
+        return self._replicas.view(-1) if self._width == 1 else None
+
     def place(self, placement: Placement) -> None:
         """From here on in the current stream; waits for nothing."""
         replicas, counts = placement.replicas(self._width), placement.counts_E.clone()

@@ -30,7 +30,7 @@ from epmoe.kernels.sizes import (
 
 SHARED = 231296  # what a CTA may have, less 1024 that the static word makes; cu/round.cu checks
 BAD = 5  # cu/exchange.cuh Counter
-CALL = struct.Struct(f"<7QIf{HEAD}q")  # cu/hands.cuh
+CALL = struct.Struct(f"<3Q2I5QIf{HEAD}q")  # cu/hands.cuh
 CAPACITY = HEAD_FIELDS.index("capacity")
 ROLES, NOTES, NOTE = 7, 4096, 16  # cu/trace.cuh: roles of a CTA, notes of a role, bytes of a note
 
@@ -137,17 +137,24 @@ class FusedOps:
     def round(
         self,
         x: Tensor,
-        slots: Tensor,
+        ids: Tensor,
         weights: Tensor,
         head: tuple[int, ...],
         out: Tensor,
         shared: Tensor | None = None,
+        table: Tensor | None = None,
     ) -> None:
-        """All verbs, one launch on the current stream.  int32 slots, fp32 weights."""
+        """All verbs, one launch on the current stream.  fp32 weights, ids of int32 or int64.
+
+        ``ids`` name slots or, with a ``table``, its entries: int32, the slot of each expert.
+        """
         b1, b2 = self._weights[2:]
         call = CALL.pack(
             x.data_ptr(),
-            slots.data_ptr(),
+            ids.data_ptr(),
+            0 if table is None else table.data_ptr(),
+            self.config.places if table is None else self.config.experts,
+            ids.dtype == torch.int64,
             weights.data_ptr(),
             0 if shared is None else shared.data_ptr(),
             out.data_ptr(),

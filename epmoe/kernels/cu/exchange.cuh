@@ -99,9 +99,25 @@ inline void stage_rows(const World& world, const u8* x, const float* weights, u3
     __threadfence_system();
 }
 
+// What the caller's ids say: experts, of which `table` knows the slot, or slots already.
+struct Choices {
+    const void* ids;
+    const int* table;  // [experts], or null: ids are slots
+    u32 known;         // ids below it name something
+    u32 wide;          // ids are of 8 bytes, else of 4
+
+    // -1 for no choice, -2 for an id that names nothing.
+    inline int slot(u32 cell) const {
+        const long long id = wide ? __ldg(static_cast<const long long*>(ids) + cell)
+                                  : __ldg(static_cast<const int*>(ids) + cell);
+        if (id < 0 || id >= known) return id == -1 ? -1 : -2;
+        return table ? __ldg(table + id) : (int)id;
+    }
+};
+
 // f(cell, slot) for every choice; loads go 16 at a time, since each takes a microsecond.
 template <typename F>
-inline void each_choice(const int* slots, u32 rows, F f) {
+inline void each_choice(const Choices& choices, u32 rows, F f) {
     const u32 all = rows * CHOICES;
     constexpr u32 LOADS = 16;
     for (u32 c = threadIdx.x; c < all; c += LOADS * blockDim.x) {
@@ -109,7 +125,7 @@ inline void each_choice(const int* slots, u32 rows, F f) {
 #pragma unroll
         for (u32 u = 0; u < LOADS; ++u) {
             const u32 cell = c + u * blockDim.x;
-            s[u] = cell < all ? __ldg(slots + cell) : -1;
+            s[u] = cell < all ? choices.slot(cell) : -1;
         }
 #pragma unroll
         for (u32 u = 0; u < LOADS; ++u)
@@ -119,11 +135,11 @@ inline void each_choice(const int* slots, u32 rows, F f) {
 
 // All threads of one CTA: counts, list and head into the mailbox of `peer`; returns the rows asked.
 // `count` and `place` are SLOTS ints of shared memory each.
-inline int tell(const World& world, const Private& mine, u32 peer, const int* slots, u32 rows,
+inline int tell(const World& world, const Private& mine, u32 peer, const Choices& choices, u32 rows,
                 const Head& head, int* count, int* place) {
     for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) count[s] = 0;
     __syncthreads();
-    each_choice(slots, rows, [&](u32, int s) {
+    each_choice(choices, rows, [&](u32, int s) {
         if (s >= 0 && s < SLOTS) atomicAdd(&count[s], 1);
         else if (peer == world.rank) atomicAdd(mine.epoch + BAD, 1);
     });
@@ -146,7 +162,7 @@ inline int tell(const World& world, const Private& mine, u32 peer, const int* sl
     long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
     for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) counts[s] = count[s];
     if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
-    each_choice(slots, rows, [&](u32 cell, int s) {
+    each_choice(choices, rows, [&](u32 cell, int s) {
         if (s >= 0 && s < SLOTS && s / LOCAL == (int)peer) list[atomicAdd(&place[s % LOCAL], 1)] = cell;
     });
     __threadfence_system();
@@ -232,18 +248,20 @@ inline int at_or_after(const int* before, int from, u32 n) {
     return low;
 }
 
-// Rows move in pieces of up to 7 KiB, one lane of a carrying warp to a piece: a batch of pieces is
-// on its way in while the batch before it is still being written and the jobs of the next are
-// looked up.  One thread with one row at a time cannot hide what it waits for: its list entry, its
-// row, its stores and the fence before it says so took 10 us a row, this takes 3 us a batch.
-constexpr u32 CARRY_BYTES = RECORD > 28672 ? RECORD : 28672;  // of a warp
+// Rows move in pieces of up to 7 KiB, one lane of a carrying warp to a piece.  Two batches of pieces
+// are under way: one comes in while the one before it is written and the jobs of the next are looked
+// up.  One thread with one row at a time cannot hide what it waits for: its list entry, its row, its
+// stores and the fence before it says so took 10 us a row.
+constexpr u32 BATCH_BYTES = RECORD > 14336 ? RECORD : 14336;
+constexpr u32 CARRY_BYTES = 2 * BATCH_BYTES;  // of a warp
 constexpr u32 CARRIERS = 200704 / CARRY_BYTES;
 constexpr u32 PIECES = (RECORD + 7167) / 7168;
 constexpr u32 PIECE = (RECORD + PIECES * 16 - 1) / (PIECES * 16) * 16;
-constexpr u32 FIT = CARRY_BYTES / (PIECE * PIECES);
+constexpr u32 FIT = BATCH_BYTES / (PIECE * PIECES) ? BATCH_BYTES / (PIECE * PIECES) : 1;
 constexpr u32 AT_ONCE = FIT * PIECES > 32 ? 32 / PIECES : FIT;  // rows of a batch
-constexpr u32 CARRY_BARS = CARRIERS * CARRY_BYTES;              // one barrier a lane
-constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 32 * 8;
+constexpr u32 CARRY_BARS = CARRIERS * CARRY_BYTES;              // one barrier a lane and batch
+constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 2 * 32 * 8;
+static_assert(AT_ONCE * PIECES * PIECE <= BATCH_BYTES + 16 * PIECES, "a batch does not fit");
 
 // What one warp pulls and pushes; every lane has its own row of a batch.
 //
@@ -413,55 +431,68 @@ struct Carrier {
 inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
     const u32 lane = lane_index(), piece = lane % PIECES;
     const u32 stage = base + warp * CARRY_BYTES + lane * PIECE;
-    const u32 bar = base + CARRY_BARS + (warp * 32 + lane) * 8;
+    const u32 bar = base + CARRY_BARS + (warp * 64 + lane) * 8;
     const u32 start = piece * PIECE, bytes = RECORD - start < PIECE ? RECORD - start : PIECE;
     bar_init(bar, 1);
+    bar_init(bar + 256, 1);
     bar_init_done();
     __syncwarp();
-    u32 phase = 0;
-    u32* landing = nullptr;  // counted when this lane's last store has landed
-    const auto land = [&] {
-        bulk_wait<0>();
+    u32 turn = 0, phases = 0;  // which half is next; bit h: parity of half h
+    // The batch that is coming in, and the counter of the one that is being written.
+    u64 to = 0;
+    u32 *done = nullptr, *written = nullptr;
+    bool coming = false;
+    const auto write = [&] {  // what came in goes out
+        const u32 half = turn ^ 1;
+        if (coming) {
+            bar_wait(bar + half * 256, phases >> half & 1);
+            phases ^= 1 << half;
+            bulk_store(reinterpret_cast<void*>(to + start), stage + half * BATCH_BYTES, bytes);
+        }
+        bulk_commit();
+        __syncwarp();
+        laps.lap(STORE);
+    };
+    const auto count = [&](u32* counter) {  // its rows have landed
         fence_async_global();
         __syncwarp();
-        if (landing && piece == 0) add_release(landing, 1);
-        landing = nullptr;
+        if (counter && piece == 0) add_release(counter, 1);
+        laps.lap(LAND);
     };
     bool more = c.find(true);
     laps.lap(FIND_ROWS);
     while (more) {
         const bool has = c.has;
-        const u64 to = c.to;
-        u32* const done = has ? c.done : nullptr;
+        bulk_wait_read<0>();  // this half's last batch has left it
         if (has) {
             fence_async_global();
-            bar_expect(bar, bytes);
-            bulk_load(stage, reinterpret_cast<const void*>(c.from + start), bytes, bar);
+            bar_expect(bar + turn * 256, bytes);
+            bulk_load(stage + turn * BATCH_BYTES, reinterpret_cast<const void*>(c.from + start), bytes,
+                      bar + turn * 256);
         }
         __syncwarp();
         laps.lap(LOAD);
-        land();
-        laps.lap(LAND);
+        write();
+        bulk_wait<1>();
+        count(written);
+        written = coming ? done : nullptr;
+        coming = has;
+        to = c.to;
+        done = has ? c.done : nullptr;
+        turn ^= 1;
         more = c.find(false);
         laps.lap(FIND_ROWS);
-        if (has) {
-            bar_wait(bar, phase);
-            phase ^= 1;
-            bulk_store(reinterpret_cast<void*>(to + start), stage, bytes);
-            bulk_commit();
-            bulk_wait_read<0>();
-        }
-        __syncwarp();
-        laps.lap(STORE);
-        landing = done;
         if (!more) {
-            land();
-            laps.lap(LAND);
+            write();
+            bulk_wait<0>();
+            count(written);
+            count(done);
+            coming = false;
+            written = done = nullptr;
             more = c.find(true);
             laps.lap(IDLE);
         }
     }
-    land();
     __threadfence_system();
     laps.end();
 }

@@ -5,7 +5,7 @@
 // What the caller of a round gives.
 struct Call {
     const u8* x;
-    const int* slots;
+    Choices choices;
     const float* weights;
     const float* shared;
     u8* out;

@@ -4,7 +4,7 @@
 
 // The sum over choices, ascending, in fp32, one rounding; NaN if the round is not `good`.  Thread
 // `thread` of `threads` in the whole grid.
-inline void reduce_rows(const World& world, const int* slots, const float* weights,
+inline void reduce_rows(const World& world, const Choices& choices, const float* weights,
                         const float* shared, u8* out, u32 rows, bool good, u64 thread, u64 threads) {
     constexpr int quads = HIDDEN / 8;
     const u64 all = (u64)rows * quads;
@@ -18,11 +18,11 @@ inline void reduce_rows(const World& world, const int* slots, const float* weigh
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
                 const int choice = first + k;
-                const int slot = choice < CHOICES ? __ldg(slots + row * CHOICES + choice) : -1;
+                const int slot = choice < CHOICES ? choices.slot(row * CHOICES + choice) : -1;
                 // The cell of an unused choice holds an older round's bits.
                 q[k] = Quad{};
                 w[k] = 0.0f;
-                if (slot >= 0 && slot < SLOTS) {
+                if (slot >= 0) {
                     q[k] = *reinterpret_cast<const Quad*>(cells + choice * RESULT + quad * 16);
                     w[k] = WEIGHT_IN_FC2 ? 1.0f : __ldg(weights + row * CHOICES + choice);
                 }

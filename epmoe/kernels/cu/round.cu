@@ -30,6 +30,11 @@ inline Live live_of(const Private& mine, u8* shared) {
                 LOCAL);
 }
 
+// Read anew wherever it is needed: kept in a register for the whole kernel it is one too many.
+inline u32 epoch_now(const Private& mine) {
+    return *const_cast<const volatile u32*>(mine.epoch + EPOCH);
+}
+
 inline int rows_of(const World& world, int l) {
     const int* counts = at<int>(world, world.rank, COUNTS_AT) + world.rank * LOCAL + l;
     int sum = 0;
@@ -83,7 +88,7 @@ inline void communicate(const World& world, const Private& mine, const Call& cal
     for (u32 p = blockIdx.x; good && p < RANKS; p += COMM) {
         const u32 peer = (world.rank + 1 + p) % RANKS, stagers = gridDim.x - COMM;
         const int total =
-            tell(world, mine, peer, call.slots, call.rows, call.head, count, count + SLOTS);
+            tell(world, mine, peer, call.choices, call.rows, call.head, count, count + SLOTS);
         if (threadIdx.x == 0 && await_count(world, mine.epoch + STAGED, (epoch + 1) * stagers))
             publish(world, WORD_C, peer, round, total);
     }
@@ -122,7 +127,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ u32 asked[RANKS];
     const u32 base = smem(shared), warp = warp_index();
-    const u32 epoch = mine.epoch[EPOCH], round = round_now(world);
     Laps laps(mine.trace, WHOLE_CTA, threadIdx.x == 0);
     const bool multiplies = blockIdx.x >= COMM;
     if (multiplies && warp == FEEDS && lane_index() == 0) {
@@ -138,11 +142,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const u64 everyone = (u64)COMM * THREADS + (u64)(gridDim.x - COMM) * GROUPS * 128;
     if (!multiplies) {
-        communicate(world, mine, call, base, shared, epoch, round, asked, laps);
+        communicate(world, mine, call, base, shared, epoch_now(mine), round_now(world), asked, laps);
         laps.lap(WORK);
-        const bool good = words_came(world, mine, WORD_Y, epoch, round, asked) && !faulted(world);
+        const bool good = words_came(world, mine, WORD_Y, epoch_now(mine), round_now(world), asked) && !faulted(world);
         laps.lap(WAIT_Y);
-        reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, good,
+        reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, good,
                     (u64)blockIdx.x * THREADS + threadIdx.x, everyone);
         __syncthreads();
         laps.lap(REDUCE);
@@ -150,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         laps.end();
         return;
     }
-    bool good = words_came(world, mine, WORD_C, epoch, round, asked);
+    bool good = words_came(world, mine, WORD_C, epoch_now(mine), round_now(world), asked);
     laps.lap(WAIT_C);
     if (warp == 0 && good) {
         const Live live = live_of(mine, shared);
@@ -163,18 +167,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     laps.lap(PLAN);
     if (warp >= FEEDS) {
         registers_down<FEED_REGISTERS>();
-        if (warp == FEEDS) feed_stream(world, mine, maps, base, epoch);
+        if (warp == FEEDS) feed_stream(world, mine, maps, base, epoch_now(mine));
         if (warp == SCOUTS) scout_stream(world, mine, live_of(mine, shared), base, good);
         cluster_sync();
     } else {
         registers_up<MULTIPLY_REGISTERS>();
-        multiply_stream(mine, maps, call, base, epoch, warp / 4);
+        multiply_stream(mine, maps, call, base, epoch_now(mine), warp / 4);
         laps.lap(WORK);
         bool came = true;
-        if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch + 2);
+        if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch_now(mine) + 2);
         came = all_of_both(came) && !faulted(world);
         laps.lap(WAIT_Y);
-        reduce_rows(world, call.slots, call.weights, call.shared, call.out, call.rows, came,
+        reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, came,
                     (u64)COMM * THREADS + (u64)(blockIdx.x - COMM) * GROUPS * 128 + threadIdx.x, everyone);
         all_of_both(true);
         laps.lap(REDUCE);

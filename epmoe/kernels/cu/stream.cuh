@@ -86,7 +86,7 @@ struct Stream {
         while (t >= end) {
             gemm = one.done(live) ||
                    (one.begin(live) - two.begin(live) - two.units(live)) * per1 >= lag;
-            Cursor& taken = gemm ? two : one;
+            Cursor taken = gemm ? two : one;  // a copy: a reference would put both into memory
             units = taken.units(live);
             begin = end;
             end += units * (gemm ? per2 : per1);
@@ -94,6 +94,8 @@ struct Stream {
             row = live.block[taken.i] * BLOCK + taken.at * unit_rows;
             rows = live.rows[taken.i] - taken.at * unit_rows;
             taken.next(live);
+            if (gemm) two = taken;
+            else one = taken;
         }
     }
 };
