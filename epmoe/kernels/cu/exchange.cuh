@@ -27,7 +27,7 @@ struct Private {
     u16* mid;        // [RING * BLOCK, INNER]
     u8* results;     // [RING * BLOCK, RESULT]
     u32* blocks;     // [2][PROGRESS][BLOCKS]: see Progress
-    int* scratch;    // [grid][live_words(LOCAL)]
+    int* scratch;    // [grid][LIVE_WORDS], where the table does not fit into shared memory
     u32* epoch;      // see Counter
     u64* trace;      // trace.cuh, written with TRACE only
     const u8* weights;  // of the first GEMM
@@ -460,7 +460,7 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
         laps.lap(LAND);
     };
     bool more = c.find(true);
-    laps.lap(FIND_ROWS);
+    laps.lap(IDLE);
     while (more) {
         const bool has = c.has;
         bulk_wait_read<0>();  // this half's last batch has left it

@@ -17,7 +17,8 @@ constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
 
 // In shared memory where it fits: each acquire empties L1, so a table in global memory is slow.
 constexpr u32 MOST_SHARED = 231296;  // what a CTA may have, less 1024 of the static word
-constexpr bool LIVE_SHARED = LIVE_AT + 4 * live_words(LOCAL) <= MOST_SHARED;
+constexpr u32 LIVE_WORDS = live_words(LOCAL, UNIT < BLOCK);
+constexpr bool LIVE_SHARED = LIVE_AT + 4 * LIVE_WORDS <= MOST_SHARED;
 // Shared memory of a CTA that communicates.
 constexpr u32 TABLES_AT = (CARRY_SHARED + 127) / 128 * 128;
 constexpr u32 LISTS_AT_END = TABLES_AT + sizeof(Tables);  // count and place while telling
@@ -26,8 +27,8 @@ static_assert(LIVE_AT <= MOST_SHARED, "the ring and the hands do not fit");
 
 inline Live live_of(const Private& mine, u8* shared) {
     return Live(LIVE_SHARED ? reinterpret_cast<int*>(shared + LIVE_AT)
-                            : mine.scratch + blockIdx.x * live_words(LOCAL),
-                LOCAL);
+                            : mine.scratch + blockIdx.x * LIVE_WORDS,
+                LOCAL, UNIT < BLOCK);
 }
 
 // Read anew wherever it is needed: kept in a register for the whole kernel it is one too many.

@@ -12,14 +12,14 @@ struct Live {
     int* slot;    // [slots]
     int* rows;    // [slots]
     int* block;   // [slots + 1] blocks of the pool before it
-    int* unit;    // [slots + 1] units before it
+    int* unit;    // [slots + 1] units before it; where a unit is a block, the same table
     int* count;   // [1] how many there are
 
-    inline Live(int* at, int slots)
-        : slot(at), rows(at + slots), block(at + 2 * slots), unit(at + 3 * slots + 1),
-          count(at + 4 * slots + 2) {}
+    inline Live(int* at, int slots, bool smaller)
+        : slot(at), rows(at + slots), block(at + 2 * slots),
+          unit(smaller ? at + 3 * slots + 1 : block), count(at + (smaller ? 4 : 3) * slots + 2) {}
 };
-constexpr int live_words(int slots) { return 4 * slots + 4; }
+constexpr int live_words(int slots, bool smaller) { return (smaller ? 4 : 3) * slots + 4; }
 
 inline int scanned(int value) {  // inclusive, over a warp
     for (int step = 1; step < 32; step *= 2) {
