@@ -18,6 +18,7 @@ import traceback
 from dataclasses import replace
 
 import torch
+from hog import Hog
 
 from epmoe import ForwardContext, Group, MoE, MoEConfig, PeerLost, reference_moe
 from epmoe.comm import open_heap
@@ -324,6 +325,81 @@ def night_delays(group, kind):
     return delays(group, kind, rounds=10_000)
 
 
+def hogged(group, kind):
+    """Somebody else holds some SMs or all: rounds wait for him, by the limit at most."""
+    config, hog, found = replace(SMALL, heap=kind), Hog(), {}
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    each = [
+        tuple(t.cuda() for t in batches(config, [40 + r for r in range(group.size)], s)[group.rank])
+        for s in range(3)
+    ]
+    moe, _ = loaded(config, group)
+    with moe:
+        wanted = [moe(*mine) for mine in each]
+        for held in (1, sms // 2, sms - 1, sms):
+            met(group)
+            hog.hold(held, 60.0)
+            began = time.monotonic()
+            outs = [moe(*mine) for mine in each]
+            torch.cuda.current_stream().synchronize()
+            spent = time.monotonic() - began
+            moe.check()
+            found[held] = [sum(map(torch.equal, wanted, outs)), round(spent, 4)]
+        met(group)
+        rng, equal = random.Random(group.rank), torch.zeros((), dtype=torch.int64, device="cuda")
+        for n in range(300):  # he comes and goes while rounds are under way
+            if rng.random() < 0.2:
+                hog.take(rng.randrange(1, sms + 1), rng.random() * 2)
+            equal += (moe(*each[n % 3]) == wanted[n % 3]).all()
+        moe.check()
+        found["often"] = [int(equal), 0.0]
+        met(group)
+    moe, _ = loaded(replace(config, stall_s=0.05), group)  # he stays for longer than that
+    moe(*each[0])
+    torch.cuda.synchronize()
+    met(group)
+    hog.hold(1, 200.0)
+    began, how = time.monotonic(), ""
+    y = moe(*each[0])
+    torch.cuda.current_stream().synchronize()
+    spent = time.monotonic() - began
+    try:
+        moe.check()
+    except PeerLost as lost:
+        how = lost.how
+    moe.close()
+    found["for long"] = [how, bool(y.isnan().all()), round(spent, 4)]
+    return found
+
+
+def lanes(group, kind, rounds=100):
+    """Two lanes on two streams, called in one order, begun in another on every rank."""
+    config = replace(SMALL, heap=kind, lanes=2, stall_s=2.0)
+    moe, _ = loaded(config, group)
+    each = [
+        tuple(t.cuda() for t in batches(config, [40 + r for r in range(group.size)], s)[group.rank])
+        for s in range(2)
+    ]
+    how, equal = "", torch.zeros(2, dtype=torch.int64, device="cuda")
+    wanted = [moe(*mine, lane=lane) for lane, mine in enumerate(each)]
+    streams, rng = [torch.cuda.Stream() for _ in each], random.Random(group.rank)
+    torch.cuda.synchronize()
+    met(group)
+    try:
+        for _ in range(rounds):
+            for lane, mine in enumerate(each):
+                with torch.cuda.stream(streams[lane]):
+                    torch.cuda._sleep(rng.randrange(200_000))
+                    y = moe(*mine, lane=lane)
+                    equal[lane] += (y == wanted[lane]).all()
+        moe.check()
+    except PeerLost as lost:
+        how = f"{lost.how} {lost.ranks}"
+    torch.cuda.synchronize()
+    moe.close()
+    return [int(equal.sum()), how]
+
+
 def killed(group, kind):
     """The last rank dies while the others' kernels wait for it; nobody hangs, contexts live."""
     moe, _ = loaded(replace(SMALL, heap=kind), group)
@@ -353,7 +429,7 @@ def killed(group, kind):
 def main():
     kind, *names = sys.argv[1:]
     with Group.from_env() as group:
-        torch.cuda.set_device(group.local_rank)
+        torch.cuda.set_device(group.local_rank % torch.cuda.device_count())
         torch.set_num_threads(8)
         for name in names:
             started = time.monotonic()

@@ -1,6 +1,8 @@
 """The fused round against the split verbs, bit for bit, and their times, on one GPU:
 
-python tests/gpu/fused_round.py [--time]
+python tests/gpu/fused_round.py [--time | --quick | --tiny]
+
+``--tiny`` is for compute-sanitizer, under which everything takes a hundred times as long.
 """
 
 from __future__ import annotations
@@ -77,11 +79,11 @@ def batch(config, rows, kind):
     return x, ids.contiguous(), torch.rand(rows, config.choices, device="cuda")
 
 
-def opened(config, **how):
+def opened(config, limit_s=4.0, **how):
     placed = layout([config], 1)
-    words = Alone(placed.total)
+    words = Alone(placed.total, limit_s)
     # The split verbs count blocks by round, so each way gets its own rounds.
-    split = CudaOps(config, placed, layer=0, lane=0, words=Alone(placed.total))
+    split = CudaOps(config, placed, layer=0, lane=0, words=Alone(placed.total, limit_s))
     fused = FusedOps(config, placed, layer=0, lane=0, words=words, **how)
     weights = laid_out(config, weights_of(config))
     split.adopt(weights)
@@ -163,6 +165,7 @@ def main():
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     small = {
         "experts": 8,
@@ -180,6 +183,9 @@ def main():
         "max_rows": 1500,
         "heap": "cuda",
     }
+    if asked.tiny:
+        few = MoEConfig(experts=4, choices=2, hidden=128, inner=64, max_rows=150, heap="cuda")
+        sys.exit(not all(check(few, 2, tall=tall, limit_s=300.0) for tall in (0, 64)))
     found: list[dict] = []
     good = True
     for tall in (0, 64, 128) if not asked.quick else (0, 128):

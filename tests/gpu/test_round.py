@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 MARK = "@@"  # bodies.py
 ALL = (
     *("heap", "too_large", "answers", "chunks", "graphs", "two_layers", "refused", "bad_ids"),
-    *("bits", "delays"),
+    *("bits", "delays", "hogged"),
 )
 CLOSE = 6e-3  # relative error of bf16 rounding at four places against the oracle's, measured 3e-3
 
@@ -133,6 +134,20 @@ def test_delays_and_a_busy_gpu_change_no_bit(heap, ranks):
 
 
 @both_heaps
+@ranks_1_2_4
+def test_a_stranger_who_holds_sms_makes_rounds_wait_and_no_longer_than_the_limit(heap, ranks):
+    for one in found(heap, ranks, "hogged"):
+        how, nan, spent = one.pop("for long")
+        assert (how, nan) == ("stopped", True)
+        assert spent < 0.15, "he ends after 0.2 s, the limit is 0.05"
+        assert one.pop("often")[0] == 300
+        assert len(one) == 4, "one SM, half, all but one, all"
+        for held, (exact, spent) in one.items():
+            assert exact == 3, held
+            assert spent < 0.5, f"he holds {held} SMs for 0.06 s"
+
+
+@both_heaps
 @pytest.mark.night
 @pytest.mark.timeout(900)
 @ranks_1_2_4
@@ -163,3 +178,24 @@ def test_a_killed_rank_leaves_nan_and_a_named_error_and_living_contexts(heap, ra
         assert value["spent"] < 1.0
         assert value["nan"]
         assert value["alive"] == 8.0
+
+
+@both_heaps
+@pytest.mark.night
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_killed_at_any_moment_is_named_within_a_second(heap, ranks, tmp_path):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks need as many GPUs")
+    argv = ["--ranks", str(ranks), "--heap", heap, "--schedules", "24", "--within", "300"]
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kills.py"), *argv, "--json", str(tmp_path / "found.json")],
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    said = json.loads((tmp_path / "found.json").read_text())
+    assert (said["schedules"], said["wrong"]) == (24, 0)
+    assert said["ms"]["max"] < 1000
