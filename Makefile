@@ -25,7 +25,7 @@ endif
 PYTEST := $(PY) -m pytest
 SHORT := -m "not night and not gpu"
 
-.PHONY: help demo test check test-gpu model sim fuzz night bench clean have-run have-test
+.PHONY: help demo test check test-gpu sanitize kills model sim fuzz night bench clean have-run have-test
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,6 +54,15 @@ check: $(READY_TEST)  ## ruff, formatting, types, the direction of imports
 
 test-gpu: $(READY_TEST)  ## the tests that need a Hopper GPU
 	$(PYTEST) -m "gpu and not night" tests
+
+# Errors of API calls are not reported: cuda-core asks old drivers for functions that they lack.
+SANITIZER ?= compute-sanitizer
+sanitize: $(READY_TEST)  ## one small round under memcheck, synccheck and racecheck, on a Hopper GPU
+	for tool in memcheck synccheck racecheck; do PYTHONPATH=. $(SANITIZER) --tool $$tool \
+	  --report-api-errors no --error-exitcode 9 $(PY) tests/gpu/fused_round.py --tiny || exit; done
+
+kills: $(READY_TEST)  ## a hundred ranks killed on pairs of GPUs, two minutes at most
+	PYTHONPATH=. $(PY) tests/gpu/kills.py --ranks 2 --schedules 100
 
 model: $(READY_TEST)  ## every order of events of a round, and the planted mistakes
 	$(PYTEST) $(SHORT) tests/model

@@ -14,6 +14,7 @@ from ranks import ranks
 from sim.draw import draw_config, draw_step, slots_of, weights_of
 from sim.oracle import expected, same
 
+from epmoe.comm.group import Group
 from epmoe.context import ForwardContext
 from epmoe.errors import ConfigMismatch, EpmoeError, PeerLost
 from epmoe.moe import MoE
@@ -357,3 +358,20 @@ def test_an_error_that_is_kept_keeps_no_slab_mapped(rank, group, traffic, monkey
     moe.close()
     assert left_since(before) == {}
     assert "stage" in [entry.name for entry in kept.traceback]
+
+
+def test_a_forward_on_a_gpu_is_a_named_range_that_always_ends(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", said.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("end"))
+
+    def run(self, *given):
+        said.append("run")
+        raise EpmoeError(f"no GPU for {given[-1]}")
+
+    with Group.alone() as group, MoE.open(replace(CONFIG, name="layer 7"), group) as moe:
+        monkeypatch.setattr(MoE, "_run", run)
+        moe._device = torch.device("cuda")
+        with pytest.raises(EpmoeError, match="no GPU for 3"):
+            moe(**batch(), lane=3)
+    assert said == ["epmoe layer 7", "run", "end"]

@@ -215,6 +215,24 @@ def graphs(group, kind):
     return worst
 
 
+def compiled(group, kind):
+    """torch.compile keeps the layer whole and replays it as part of its own graphs."""
+    moe, _ = loaded(replace(SMALL, heap=kind), group)
+    with moe:
+
+        def model(x, ids, weights):
+            return moe(x * 2, ids, weights) + 1
+
+        call, equal = torch.compile(model, fullgraph=True, mode="reduce-overhead"), 0
+        for seed in range(6):
+            mine = [t.cuda() for t in batches(moe.config, [16] * group.size, seed)[group.rank]]
+            equal += torch.equal(call(*mine).clone(), model(*mine))
+        moe.check()
+        met(group)
+    torch.compiler.reset()
+    return equal
+
+
 def two_layers(group, kind):
     """Two layers on one heap, taking turns, one with wider rows."""
     first = replace(SMALL, heap=kind, name="first")

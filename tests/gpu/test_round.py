@@ -105,6 +105,13 @@ def test_a_graph_replays_an_odd_number_of_times_with_new_inputs(heap, ranks):
 
 
 @both_heaps
+@pytest.mark.night
+@ranks_1_2_4
+def test_torch_compile_keeps_a_forward_and_replays_it_in_its_graphs(heap, ranks):
+    assert found(heap, ranks, "compiled", ("compiled",)) == [6] * ranks
+
+
+@both_heaps
 @ranks_1_2_4
 def test_two_layers_take_turns_on_one_heap(heap, ranks):
     assert max(found(heap, ranks, "two_layers")) < CLOSE
@@ -153,6 +160,14 @@ def test_a_stranger_who_holds_sms_makes_rounds_wait_and_no_longer_than_the_limit
 @ranks_1_2_4
 def test_ten_thousand_rounds_change_no_bit(heap, ranks):
     assert found(heap, ranks, "night_delays", ("night_delays",)) == [0] * ranks
+
+
+@both_heaps
+@ranks_1_2_4
+def test_lanes_that_overlap_are_exact_or_end_by_the_limit(heap, ranks):
+    """A round fills a GPU: lanes that two ranks begin in different order wait for each other."""
+    for exact, how in found(heap, ranks, "lanes", ("lanes",)):
+        assert exact == 200 if not how else how.startswith("stopped") and ranks > 1
 
 
 def test_ranks_and_heaps_change_no_bit():
