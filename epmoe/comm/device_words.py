@@ -104,7 +104,7 @@ class DeviceWords:
             )
         how, said = HOWS[why - 1], ""
         ranks: tuple[int, ...] = (rank,)
-        if how in ("raised", "closed"):
+        if how != "corrupt" and self._left(rank):  # it may have left because of a third rank
             last = LastWords.decoded(self._heap.read(rank, self._say.at, self._say.bytes), rank)
             how, ranks, said = last.how, last.ranks, f": {last.text}"
         elif how == "stopped":
@@ -118,6 +118,10 @@ class DeviceWords:
             how=how,
             round=round,
         )
+
+    def _left(self, rank: int) -> bool:
+        at = self._words_at + 8 * (LEAVE * self.ranks + rank)
+        return any(self._heap.read(self.rank, at, 8))
 
     def report(self) -> str:
         """The word table of a fault message: round of C and of Y, rank by rank."""
