@@ -417,9 +417,11 @@ struct Carrier {
             const u32 at = push - t.row[push_slot], block = t.block[push_slot] + at / BLOCK;
             const u32 place = in_ring(block) * BLOCK + at % BLOCK;
             const u64 origin = mine.origin[place];
-            has = true;
+            const u32 to_rank = origin >> 32, cell = (u32)origin;
+            // After a fault a tile may count as done whose rows never came, with any origin.
+            has = to_rank < RANKS && cell < CELLS;
             from = reinterpret_cast<u64>(mine.results) + (u64)place * RESULT;
-            to = world.slab[origin >> 32] + RESULTS_AT + (origin & 0xffffffff) * RESULT;
+            to = has ? world.slab[to_rank] + RESULTS_AT + (u64)cell * RESULT : 0;
             done = RING == BLOCKS ? nullptr : progress(mine, epoch, LEFT) + block;
         }
         if (push != NOWHERE) push += push_step;

@@ -119,6 +119,7 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K, slot = hand.slot;
         const int row = hand.row + group * 64, rows = min(64, hand.rows - (int)group * 64);
         if (rows <= 0) {
+            flush();  // what this tile waits for may be waiting for that
             skip(ring, steps);
             continue;
         }

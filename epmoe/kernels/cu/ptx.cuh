@@ -37,6 +37,7 @@ inline void turn_wait(u32 id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "me
 // True if `mine` is in all 256 threads of the two warpgroups that multiply.
 inline bool all_of_both(bool mine) {
     u32 all;
+    __syncwarp();  // legal without, but synccheck takes a lane that comes later for an error
     asm volatile(
         "{.reg .pred p, q;\n"
         "setp.ne.u32 p, %1, 0;\n"
@@ -165,11 +166,11 @@ inline bool bar_test(u32 bar, u32 phase) {
 }
 
 // Everything waited for here is fed by this same launch, so the wait ends unless the kernel itself
-// is wrong; waits for other ranks have their own limits (words.cuh).  try_wait sleeps up to about
-// a millisecond by itself, so the limit is minutes: only a bug reaches it.
+// is wrong; waits for other ranks have their own limits (signals.cuh), which come first.  A try takes
+// 75 ns or more: five minutes at least (2^26 tries were 5 s, no longer than a legal limit).
 inline void bar_wait(u32 bar, u32 phase) {
     for (u32 tries = 0; !bar_try(bar, phase);)
-        if (++tries == 1u << 26) asm volatile("trap;");
+        if (++tries == ~0u) asm volatile("trap;");
 }
 
 // ---- the copy engine -------------------------------------------------------------------------
