@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 from sim.slabs import layers
@@ -11,6 +12,7 @@ from sim.slabs import layers
 from epmoe.comm.words import LEAVE, ROUNDS
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError, PeerLost
+from epmoe.runtime import Runtime
 
 CONFIG = MoEConfig(experts=4, choices=1, hidden=16, inner=8, max_rows=4, lanes=2)
 
@@ -39,6 +41,18 @@ def test_an_exception_in_a_turn_poisons_and_tells_every_lane_its_round(pair):
         pair[1].check()
     assert isinstance(caught.value.__cause__, KeyError)
     pair[0].check()  # the other rank notices in its own next wait
+
+
+def test_lanes_of_several_gpus_are_refused_before_any_memory_is_asked_for():
+    class Two:
+        size = 2
+
+        def allgather(self, said, **_):
+            return [said, said]
+
+    for heap in ("cuda", "nvshmem"):
+        with pytest.raises(ValueError, match=f"lanes must be 1 on a {heap} heap of 2 ranks, got 2"):
+            Runtime.open([replace(CONFIG, heap=heap)], Two())
 
 
 def test_the_first_fault_is_kept(pair):

@@ -58,7 +58,7 @@ def test_other_activations_spill_little(activation):
     for bias, tall in ((False, 0), (True, 0), (True, 128)):
         one = config("qwen3-30b", activation=activation, bias=bias, weight_in="fc2")
         kernel = compiled(one, 8, layout([one], 8), 0, 0, tall=tall)
-        assert kernel.resources.spills <= 160
+        assert kernel.resources.spills <= 176
         assert "serializ" not in kernel.log
 
 
