@@ -20,7 +20,7 @@ from epmoe import MoE, MoEConfig
 from epmoe.cli.contest import gpus
 from epmoe.cli.ranks import on_ranks
 from epmoe.comm.layout import layout
-from epmoe.kernels import fused, sizes
+from epmoe.kernels import sizes
 from epmoe.kernels.cuda import CudaOps
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
@@ -158,9 +158,11 @@ def main():
     parser.add_argument("--trace", default="")
     parser.add_argument("--tight", action="store_true", help="no more ring than must be")
     asked = parser.parse_args()
-    ranks, roomy = asked.ranks or gpus(), fused.ring_blocks
+    ranks = asked.ranks or gpus()
     if asked.tight:
-        sizes.ring_blocks = fused.ring_blocks = lambda *given: roomy(*given) - sizes.SPARE
+        sizes.ring_blocks = fused.ring_blocks = lambda *given: (
+            roomy(*given) - sizes.spare(*given[:2])
+        )
     ways = [{"tall": tall, "counted": counted} for tall in (0, 128) for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:

@@ -34,19 +34,10 @@ inline void cluster_sync() {
 inline void turn_give(u32 id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
 inline void turn_wait(u32 id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
 
-// True if `mine` is in all 256 threads of the two warpgroups that multiply.
-inline bool all_of_both(bool mine) {
-    u32 all;
-    __syncwarp();  // legal without, but synccheck takes a lane that comes later for an error
-    asm volatile(
-        "{.reg .pred p, q;\n"
-        "setp.ne.u32 p, %1, 0;\n"
-        "barrier.cta.red.and.pred q, 5, 256, p;\n"
-        "selp.u32 %0, 1, 0, q;}"
-        : "=r"(all)
-        : "r"((u32)mine)
-        : "memory");
-    return all;
+// A barrier of the two warpgroups that multiply.
+inline void both_sync() {
+    __syncwarp();
+    asm volatile("bar.sync 5, 256;" ::: "memory");
 }
 
 // A barrier of one warpgroup (128 threads); id 0 belongs to __syncthreads.

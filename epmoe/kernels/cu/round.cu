@@ -175,13 +175,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_up<MULTIPLY_REGISTERS>();
         multiply_stream(mine, maps, call, base, epoch_now(mine), warp / 4);
         laps.lap(WORK);
-        bool came = true;
-        if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch_now(mine) + 2);
-        came = all_of_both(came) && !faulted(world);
+        if (threadIdx.x == 0)
+            asked[0] = await_came(world, mine, 2 * epoch_now(mine) + 2) && !faulted(world);
+        both_sync();
+        const bool came = asked[0];
         laps.lap(WAIT_Y);
         reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, came,
                     (u64)COMM * THREADS + (u64)(blockIdx.x - COMM) * GROUPS * 128 + threadIdx.x, everyone);
-        all_of_both(true);
+        both_sync();
         laps.lap(REDUCE);
         if (threadIdx.x == 0) leave(world, mine, came);
         laps.end();
