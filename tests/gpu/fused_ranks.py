@@ -160,9 +160,7 @@ def main():
     asked = parser.parse_args()
     ranks = asked.ranks or gpus()
     if asked.tight:
-        sizes.ring_blocks = fused.ring_blocks = lambda *given: (
-            roomy(*given) - sizes.spare(*given[:2])
-        )
+        sizes.spare = lambda config, ranks: 0
     ways = [{"tall": tall, "counted": counted} for tall in (0, 128) for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:
