@@ -112,9 +112,13 @@ class Migration:
                 if self._is_mine(parcel.slot):
                     self._take(parcel)
 
-    def landed(self) -> None:
-        """Before my Y: the peers may fill the half again that they filled a round ago."""
-        self._carrier.landed()
+    def landed(self, *, now: bool = False) -> None:
+        """Before my Y: the peers may fill the half again that they filled a round ago.
+
+        ``now``: what this round fetched has landed too, before anything that follows; for a round
+        that has published its Y already.
+        """
+        self._carrier.landed(now=now)
         if self._now is not None:
             self._now = next(self._rounds, None)
         if self._now is None and self._empty:

@@ -155,8 +155,9 @@ class HostRounds:
 class CudaRounds:
     """A round is one launch on the caller's stream; nothing here waits for the GPU.
 
-    Freight travels in a round of its own before, by the split verbs, which leave it time between
-    the words.
+    What a forward carries is laid out before its launch and fetched after it, before anything else:
+    the next round's Y says that it has been read, one round before its half is filled again.  A
+    round without rows is made of the split verbs, whose fetches run beside the words.
     """
 
     def __init__(
@@ -208,18 +209,25 @@ class CudaRounds:
     ) -> Tensor:
         """See ``Rounds``.  The round number that counts is the GPU's: graphs replay."""
         out = torch.empty_like(x)
-        if freight is not None:
-            self._carry(turn, x[:0], slots[:0], weights[:0], head, freight)
-        if VERBS[head[VERB]] != "place":  # which has no rows
+        if freight is not None and VERBS[head[VERB]] == "place":
+            self._carry(x, slots, weights, head, freight)
+        else:
+            if freight is not None:
+                freight.load()
             shared = shared_rows(self._config, self._shared, x)
             self.ops.round(x, slots, weights, head, out, shared, self._table)
-            self._ended(turn)
+            if freight is not None:
+                freight.unload()
+                freight.landed(now=True)
+        if turn.round == 1:
+            self._words.limit(self._config.stall_s)
+        turn.round += 1
         return out
 
     def _carry(
-        self, turn: Lane, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Migration
+        self, x: Tensor, slots: Tensor, weights: Tensor, head: Head, freight: Migration
     ) -> None:
-        """A round without rows for the freight of the forward that ``head`` tells of."""
+        """A round without rows, for its freight alone."""
         from epmoe.kernels.cuda import CudaOps
 
         if self._verbs is None:
@@ -231,7 +239,7 @@ class CudaRounds:
                 words=self._words,
                 rows=0,
             )
-        verbs, head = self._verbs, (*head[:VERB], VERBS.index("place"), *head[VERB + 1 :])
+        verbs = self._verbs
         freight.load()
         verbs.stage(x, slots, weights, head)
         verbs.pull()
@@ -239,12 +247,6 @@ class CudaRounds:
         freight.landed()
         verbs.push()
         verbs.reduce(slots, weights, None, x)
-        self._ended(turn)
-
-    def _ended(self, turn: Lane) -> None:
-        if turn.round == 1:
-            self._words.limit(self._config.stall_s)
-        turn.round += 1
 
     def counted(self) -> Tensor:
         """See ``Rounds``; waits for the GPU."""

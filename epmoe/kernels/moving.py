@@ -53,8 +53,11 @@ class Carrier(Protocol):
     def fetch(self, rank: int, place: int, into: Tensor) -> None:
         """From byte ``place`` of the region of ``rank``."""
 
-    def landed(self) -> None:
-        """Before my Y: what was fetched in the round before has arrived; the other half's turn."""
+    def landed(self, *, now: bool = False) -> None:
+        """Before my Y: what was fetched in the round before has arrived; the other half's turn.
+
+        ``now``: so has what was fetched in this round.
+        """
 
     def shadows(self, count: int, nbytes: int) -> list[Tensor]:
         """Memory of mine for the bytes of so many slots."""
@@ -99,7 +102,7 @@ class HostCarrier:
         at = self._halves.at(place)
         into.copy_(self._heap.peer(rank)[at : at + into.numel()])
 
-    def landed(self) -> None:
+    def landed(self, *, now: bool = False) -> None:
         """See ``Carrier``."""
         self._halves.change()
 
@@ -159,9 +162,9 @@ class CudaCarrier:
         source = self._heap.address(rank) + self._halves.at(place)
         self._copy(into.data_ptr(), source, into.numel(), self._beside)
 
-    def landed(self) -> None:
+    def landed(self, *, now: bool = False) -> None:
         """See ``Carrier``."""
-        self._ends[0].wait(torch.cuda.current_stream())
+        self._ends[1 if now else 0].wait(torch.cuda.current_stream())
         self._halves.change()
 
     def shadows(self, count: int, nbytes: int) -> list[Tensor]:

@@ -68,10 +68,7 @@ def ring_blocks(
 
 
 def spare(config: MoEConfig, ranks: int) -> int:
-    """Blocks beyond those without which a round could wait for ever: how far pulls run ahead.
-
-    2,048 rows of qwen3-30b took 347 microseconds with 60 of them on one GPU, 386 with 16.
-    """
+    """Blocks beyond those without which a round could wait for ever: how far pulls run ahead."""
     return max(16, most_blocks(config, ranks) // 16)
 
 
