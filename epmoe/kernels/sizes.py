@@ -63,7 +63,7 @@ def ring_blocks(
     ahead = max(
         -(-lag(grid, communicators, tall) // max(1, -(-columns // (tall or 512)))) for tall in among
     )
-    batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/exchange.cuh AT_ONCE, at most
+    batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
     return min(most_blocks(config, ranks), ahead + 2 * GROUP + batch + spare(config, ranks))
 
 

@@ -11,6 +11,7 @@
 #else
 #include "few.cuh"
 #endif
+#include "carry.cuh"
 #include "reduce.cuh"
 
 constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
