@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from epmoe import MoEConfig
+from epmoe.cuda_rounds import CudaRounds
 from epmoe.kernels.ops import HEAD_FIELDS, VERBS
-from epmoe.rounds import CudaRounds
 
 CONFIG = MoEConfig(experts=4, choices=1, hidden=64, inner=64, max_rows=4, heap="cuda", dtype="bf16")
 
