@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from epmoe.config import MoEConfig
-from epmoe.kernels.compile import CompiledKernel, Launch, compile_kernel
+from epmoe.kernels.compile import compile_kernel
+from epmoe.kernels.launch import CompiledKernel, Launch
 from epmoe.sched.placement import Placement
 
 CELLS_PER_BLOCK = 512

@@ -12,8 +12,9 @@ from epmoe.comm.device_words import DeviceWords
 from epmoe.comm.layout import HEAD, Layout, record
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
-from epmoe.kernels.compile import CompiledKernel, Launch, compile_kernel
+from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.gemm import BLOCK, grouped_gemm, interleave, processors_of
+from epmoe.kernels.launch import CompiledKernel, Launch
 
 MOVERS = 7  # cu/copy.cuh
 MOVER_SHARED = MOVERS * 4 * (7168 + 8) + 128

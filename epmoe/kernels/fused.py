@@ -13,9 +13,10 @@ from torch import Tensor
 from epmoe.comm.layout import HEAD, Layout, record
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
-from epmoe.kernels.compile import CompiledKernel, Launch, compile_kernel
+from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.cuda import laid_out, raw_stream
 from epmoe.kernels.gemm import THREADS, processors_of, tensor_map
+from epmoe.kernels.launch import CompiledKernel, Launch
 from epmoe.kernels.ops import HEAD_FIELDS
 from epmoe.kernels.sizes import (
     SHARED_POOLS,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from epmoe.config import GATED
-from epmoe.kernels.compile import Launch, _checked, compile_kernel
+from epmoe.kernels.compile import compile_kernel
+from epmoe.kernels.launch import Launch, checked
 
 BLOCK = 128  # rows of a block; a slot's rows begin at a multiple of it
 TILE_N = 256
@@ -195,7 +196,7 @@ def tensor_map(tensor: Tensor, rows: int) -> bytes:
 
     sizes = list(reversed(tensor.shape))
     strides = [s * 2 for s in reversed(tensor.stride())][1:]
-    made = _checked(
+    made = checked(
         d.cuTensorMapEncodeTiled(
             d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             len(sizes),

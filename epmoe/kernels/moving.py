@@ -19,7 +19,7 @@ from torch import Tensor
 from epmoe.comm.heap import Heap
 from epmoe.comm.layout import Region
 from epmoe.formats import SlotTensor
-from epmoe.kernels.compile import _checked
+from epmoe.kernels.launch import checked
 from epmoe.sched.freight import PIECE
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class CudaCarrier:
         return Sums()
 
     def _copy(self, to: int, source: int, nbytes: int, stream: torch.cuda.Stream) -> None:
-        _checked(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, stream.cuda_stream))
+        checked(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, stream.cuda_stream))
 
 
 class _Beside:

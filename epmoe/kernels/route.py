@@ -8,7 +8,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from epmoe.kernels.compile import CompiledKernel, Launch, compile_kernel
+from epmoe.kernels.compile import compile_kernel
+from epmoe.kernels.launch import CompiledKernel, Launch
 from epmoe.sched import score
 from epmoe.sched.route import SCORES, Router, Routing, check_route
 

@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("cuda.core")
 from epmoe.errors import EpmoeError
 from epmoe.kernels import compile as compiling
-from epmoe.kernels.compile import Launch, compile_kernel
+from epmoe.kernels.compile import compile_kernel
+from epmoe.kernels.launch import Launch
 
 HEADER = "__device__ inline float scaled(float x) { return x * SCALE; }\n"
 SOURCE = """#include "scaled.cuh"
