@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import TracebackType
@@ -12,17 +11,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from epmoe.accept import check_batch, check_epoch, check_placement, check_weights
+from epmoe.accept import check_batch, check_epoch, check_weights
 from epmoe.comm.group import Group
 from epmoe.config import MoEConfig
 from epmoe.context import PHASES, ForwardContext
-from epmoe.errors import ConfigMismatch, EpmoeError
-from epmoe.formats import DTYPE, SlotTensor, format_of
+from epmoe.errors import EpmoeError
+from epmoe.formats import format_of
 from epmoe.formats.declare import agreed_values
-from epmoe.kernels.moving import Carrier
 from epmoe.kernels.ops import VERBS
-from epmoe.migration import Migration
 from epmoe.operator import enrolled, forward
+from epmoe.placing import Placing, nothing
 from epmoe.rounds import open_rounds
 from epmoe.runtime import Runtime, agree
 from epmoe.sched import chunks as cutting
@@ -53,15 +51,12 @@ class MoE:
         self._device = runtime.device
         self._weights: dict[str, Tensor] = {}
         self._shared: dict[str, Tensor] = {}
-        group = runtime.group
-        self.placement = Placement.linear(self.config.experts, self.config.places, group.size)
-        self.epoch = 0  # how often the placement has changed; equal on all ranks in every round
-        self._migration: Migration | None = None
         self._seen = [Loads(experts=self.config.experts) for _ in range(self.config.lanes)]
         self._rounds = [
             open_rounds(runtime, layer, lane, self._weights, self._shared)
             for lane in range(self.config.lanes)
         ]
+        self._placing = Placing(runtime, layer, self._weights, self._rounds)
         runtime.views += [rounds.close for rounds in self._rounds]
 
     @classmethod
@@ -142,7 +137,7 @@ class MoE:
     ) -> Tensor:
         """The call, from the lane's turn to the answer."""
         runtime = self._runtime
-        self._refuse_capture()
+        self._placing.refuse_capture()
         with runtime.turn(lane) as turn:
             if not self._weights:
                 raise EpmoeError(
@@ -151,10 +146,10 @@ class MoE:
                 )
             if self._device.type != "cpu":
                 self._rounds[lane].check(wait=False)
-            self._switch()
+            self._placing.switch()
             refused = self._refusal(x, ids, weights, context)
             if refused is not None:
-                x, ids, weights = self._nothing()
+                x, ids, weights = nothing(self.config, self._device)
                 context = context if isinstance(context, ForwardContext) else None
             slots, chunks = self._rounds[lane].slots(ids), self._chunks(context, len(x))
             phase = PHASES.index(context.phase) if context is not None else 0
@@ -178,7 +173,7 @@ class MoE:
                         self.epoch,
                         lane,
                     )
-                    freight = self._migration if lane == 0 else None
+                    freight = self._placing.migration if lane == 0 else None
                     outs.append(
                         self._rounds[lane].run(
                             turn, x[span], slots[span], weights[span], head, freight
@@ -202,31 +197,22 @@ class MoE:
         ``verify`` sends a checksum with every slot.  A failure before that leaves the old
         placement, on every rank; addresses never change.
         """
-        config, group, runtime = self.config, self._runtime.group, self._runtime
-        runtime.check()
-        phase = f"place layer {self.layer} ({config.name})"
-        with group.guarded(phase, config.stall_s) as said:
-            check_placement(config, placement, budget, group.size)
-            if self._migration is not None:
-                raise ValueError("placement: the layer is on its way to another one already")
-            # No rank leaves the phase, so no round waits, while another still makes its shadows.
-            migration = self._towards(placement, budget, verify)
-            if budget is None:
-                migration.begin()  # while the ranks still talk
-            said.mine = json.dumps([placement.expert_of_S, budget, verify]).encode()
-        for rank, answer in enumerate(said.by_rank):
-            if answer != said.by_rank[0]:
-                raise ConfigMismatch(
-                    f"placement differs between {group.peers[0]} and {group.peers[rank]}"
-                )
-        self._migration = migration
-        if budget is None:
-            self._move_all()
+        self._placing.place(placement, budget, verify)
+
+    @property
+    def placement(self) -> Placement:
+        """What the slots of all ranks hold now."""
+        return self._placing.placement
+
+    @property
+    def epoch(self) -> int:
+        """How often the placement has changed; equal on all ranks in every round."""
+        return self._placing.epoch
 
     @property
     def moving(self) -> bool:
         """True from ``place`` with a budget until the new placement is in force."""
-        return self._migration is not None
+        return self._placing.migration is not None
 
     def loads(self) -> Tensor:
         """Rows every logical expert got lately, from all ranks: the same numbers on every rank.
@@ -277,64 +263,6 @@ class MoE:
             self._runtime.poison(error, self._runtime.lanes[0].next_round())
         self.close()
 
-    def _towards(self, placement: Placement, budget: int | None, verify: bool) -> Migration:
-        slots = {n: SlotTensor(n, tuple(t.shape[1:]), t.dtype) for n, t in self._weights.items()}
-        return Migration(
-            self.placement,
-            placement,
-            [slots[name] for name in sorted(slots)],  # the same order on every rank
-            self._weights,
-            self._carrier(),
-            rank=self._runtime.group.rank,
-            most=self.config.freight // 2,
-            budget=budget,
-            verify=verify,
-            settled=self._rounds[0].settled,
-        )
-
-    def _carrier(self) -> Carrier:
-        """The heap's: layers that move at the same time take turns in one freight region."""
-        runtime = self._runtime
-        if runtime.carrier is None:
-            runtime.carrier = self._rounds[0].carrier()
-        return runtime.carrier
-
-    def _move_all(self) -> None:
-        """Rounds without rows until everything has arrived; then the switch."""
-        config = self.config
-        x, ids, weights = self._nothing()
-        with self._runtime.turn(0) as turn:
-            while self._migration is not None and not self._migration.arrived:
-                head = (self.layer, VERBS.index("place"), config.max_rows, 0, 1, 0, self.epoch, 0)
-                self._rounds[0].run(turn, x, ids.int(), weights, head, self._migration)
-            self._switch()
-
-    def _switch(self) -> None:
-        """Between forwards: the next step to the new placement, if all of it has arrived."""
-        if self._migration is None or not self._migration.arrived:
-            return
-        self._all_lanes()
-        self.placement = self._migration.switch()
-        for rounds in self._rounds:
-            rounds.place(self.placement)
-        self._all_lanes()
-        self.epoch += 1
-        if self._migration.done:
-            self._migration = None
-
-    def _all_lanes(self) -> None:
-        """Lanes on streams of their own have no order; a switch comes after all or before all."""
-        if self._device.type != "cpu" and self.config.lanes > 1:
-            torch.cuda.synchronize()
-
-    def _refuse_capture(self) -> None:
-        on_gpu = self._device.type != "cpu" and self._migration is not None
-        if on_gpu and torch.cuda.is_current_stream_capturing():
-            raise EpmoeError(
-                f"rank {self._runtime.group.rank}: layer {self.layer} ({self.config.name}) is "
-                "moving experts: a capture would repeat the copies of one round for ever"
-            )
-
     def _refusal(
         self, x: Tensor, ids: Tensor, weights: Tensor, context: ForwardContext | None
     ) -> ValueError | TypeError | None:
@@ -345,16 +273,6 @@ class MoE:
         except (ValueError, TypeError) as error:
             return type(error)(f"rank {group.rank}: {error}")
         return None
-
-    def _nothing(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch without rows."""
-        hidden, choices = self.config.hidden, self.config.choices
-        dtype = DTYPE[self.config.dtype]
-        return (
-            torch.empty(0, hidden, dtype=dtype, device=self._device),
-            torch.empty(0, choices, dtype=torch.int64, device=self._device),
-            torch.empty(0, choices, dtype=torch.float32, device=self._device),
-        )
 
     def _observe(self, lane: int) -> None:
         """Once per forward on the host; a GPU counts by itself and is asked by ``loads``."""

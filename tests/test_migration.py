@@ -241,7 +241,7 @@ def strike(moe, at):
 
     def placed(*args, **kwargs):
         place(*args, **kwargs)
-        take = moe._migration._take
+        take = moe._placing.migration._take
 
         def struck(parcel):
             left[0] -= 1
@@ -249,7 +249,7 @@ def strike(moe, at):
                 raise Struck
             take(parcel)
 
-        moe._migration._take = struck
+        moe._placing.migration._take = struck
 
     moe.place = placed
 

@@ -233,7 +233,7 @@ def speed(group):
             each, bytes_in = 16, 8 * 3 * 7168 * 2048 * 2
             before, lines = marked(moe), []
             timed = {}
-            move_all = moe._move_all
+            move_all = moe._placing.move_all
 
             def timing(move_all=move_all, timed=timed):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -245,7 +245,7 @@ def speed(group):
                 timed["host"] = time.perf_counter() - started
                 timed["gpu"] = begin.elapsed_time(end) / 1e3
 
-            moe._move_all = timing
+            moe._placing.move_all = timing
             for _ in range(2 * 4):
                 wanted = swapped(moe.placement, 8)
                 met(group)
@@ -332,7 +332,7 @@ def rounds_ms(group, moe, mine, most, budget):
     marks[0].record()
     count = 0
     for mark in marks[1:]:
-        if budget is not None and moe._migration._empty == 0:
+        if budget is not None and moe._placing.migration._empty == 0:
             break
         moe(*mine)
         mark.record()
