@@ -98,12 +98,12 @@ class Runtime:
         compare(configs, group, limit_s)  # first: what follows would raise on the odd rank alone
         for config in configs:
             config.slots_per_rank(group.size)
-        if configs[0].lanes > 1 and configs[0].heap != "host" and group.size > 1:
-            raise ValueError(
-                f"lanes must be 1 on a {configs[0].heap} heap of {group.size} ranks, got "
-                f"{configs[0].lanes}: a round fills its GPU, and two ranks that begin their lanes' "
-                "rounds in different order would wait for each other"
-            )
+            if config.lanes > 1 and config.heap != "host" and group.size > 1:
+                raise ValueError(
+                    f"lanes must be 1 on a {config.heap} heap of {group.size} ranks, got "
+                    f"{config.lanes}: a round fills its GPU, and two ranks that begin their lanes' "
+                    "rounds in different order would wait for each other"
+                )
         placed = layout(configs, group.size)
         heap = comm.open_heap(configs[0].heap, group, placed.total, generation=1, limit_s=limit_s)
         return cls(configs, group, heap, placed)
