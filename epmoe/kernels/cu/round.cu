@@ -1,9 +1,9 @@
 // One round in one launch: from a rank's rows to its results, over the slabs of all ranks.
 //
 // The first COMM CTAs (whole clusters) tell, pull and push, while the others stage the rows and then
-// run the tile loop over both GEMMs.  FC1 tiles wait for the rows of their block, FC2 tiles for the FC1 tiles of theirs, pushes
-// for the FC2 tiles.  At the end everyone reduces.  Any wait may fail (signals.cuh): then nobody
-// begins anything new, everyone leaves, and the output is NaN.
+// run the tile loop over both GEMMs.  FC1 tiles wait for the rows of their block, FC2 tiles for the
+// FC1 tiles of theirs, pushes for the FC2 tiles.  At the end everyone reduces.  Any wait may fail
+// (signals.cuh): then nobody begins anything new, everyone leaves, and the output is NaN.
 //
 // Constants: those of exchange.cuh; INNER, ACT, BIAS, COUNTED, COMM, LAG; TALL as in grouped_gemm.cu.
 #if TALL == 0
