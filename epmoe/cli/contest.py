@@ -21,8 +21,9 @@ from epmoe.comm.words import Words
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.kernels.cuda import CudaOps
+from epmoe.kernels.gemm import BLOCK
 from epmoe.kernels.ops import VERBS
-from epmoe.kernels.sizes import private_bytes
+from epmoe.kernels.sizes import most_blocks, private_bytes
 from epmoe.moe import MoE
 
 OURS = ("split", "fused")
@@ -121,8 +122,8 @@ def check_memory(config: MoEConfig, ranks: int) -> None:
     passing = config.max_rows * config.choices * config.itemsize
     passing *= 8 * config.hidden + 6 * config.inner
     ours = memory(config, ranks)
-    most = ranks * config.max_rows * min(config.choices, local) + 128 * local
-    split = most * (2 * config.hidden + config.inner) * config.itemsize  # has room for any routing
+    most = most_blocks(config, ranks) * BLOCK  # the split path has room for any routing
+    split = most * (2 * config.hidden + config.inner) * config.itemsize
     need = held + passing + ours["heap"] + ours["private"] + split
     torch.cuda.empty_cache()  # a heap takes its memory from the driver, not from torch
     free, _ = torch.cuda.mem_get_info()

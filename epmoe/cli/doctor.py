@@ -11,7 +11,7 @@ from epmoe.cli.ranks import first_rank
 from epmoe.cli.tables import show, show_json, size
 from epmoe.comm.layout import layout, table
 from epmoe.config import DTYPES, FORMATS, HEAPS, MoEConfig
-from epmoe.kernels.sizes import private_bytes
+from epmoe.kernels.sizes import private_bytes, refusal
 from epmoe.shapes import SHAPES, shape
 
 DETAIL = """\
@@ -81,7 +81,7 @@ def show_layout(config: MoEConfig, ranks: int, *, as_json: bool) -> int:
         raise ValueError(f"--ranks must be at least 1, got {ranks}")
     config.slots_per_rank(ranks)  # refuses what open would refuse
     regions, total = table([config], ranks), layout([config], ranks).total
-    private = private_bytes(config, ranks) if on_gpu(config) else None
+    private = private_bytes(config, ranks) if refusal(config) is None else None
     if as_json:
         names = ("region", "at", "shape", "bytes")
         show_json(
@@ -108,12 +108,6 @@ def show_layout(config: MoEConfig, ranks: int, *, as_json: bool) -> int:
     if private is not None:
         print(f"  on a GPU a rank keeps {size(private)} beside it, whatever is routed")
     return 0
-
-
-def on_gpu(config: MoEConfig) -> bool:
-    """True if the CUDA kernels compute this layer."""
-    plain = config.dtype == "bf16" and config.format == "plain"
-    return plain and config.hidden % 64 == 0 and config.inner % 64 == 0
 
 
 def print_tables(found: dict[str, Any]) -> None:

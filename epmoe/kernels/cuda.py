@@ -11,10 +11,10 @@ from torch import Tensor
 from epmoe.comm.device_words import DeviceWords
 from epmoe.comm.layout import HEAD, Layout, record
 from epmoe.config import MoEConfig
-from epmoe.errors import EpmoeError
 from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.gemm import BLOCK, grouped_gemm, interleave, processors_of
 from epmoe.kernels.launch import CompiledKernel, Launch
+from epmoe.kernels.sizes import most_blocks, refusal
 
 MOVERS = 7  # cu/copy.cuh
 MOVER_SHARED = MOVERS * 4 * (7168 + 8) + 128
@@ -43,15 +43,12 @@ class CudaOps:
         rows: int | None = None,
     ) -> None:
         """``rows``: what the pool holds; None: whatever routing can send here."""
-        if config.dtype != "bf16" or config.format != "plain":
-            raise EpmoeError(
-                f"the CUDA kernels compute plain bf16, got {config.format} {config.dtype}"
-            )
+        if (refused := refusal(config)) is not None:
+            raise refused
         self.config, self.words = config, words
         ranks = self.ranks = words.ranks
         local = config.slots_per_rank(ranks)
-        most = ranks * config.max_rows * min(config.choices, local)
-        pool = -(-(most + local * (BLOCK - 1)) // BLOCK) * BLOCK if rows is None else rows
+        pool = most_blocks(config, ranks) * BLOCK if rows is None else rows
         hidden, inner = config.hidden, config.inner
 
         def cuda(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from epmoe.comm.layout import HEAD, Layout, record
 from epmoe.config import MoEConfig
-from epmoe.errors import EpmoeError
 from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.cuda import laid_out, raw_stream
 from epmoe.kernels.gemm import THREADS, processors_of, tensor_map
@@ -24,6 +23,7 @@ from epmoe.kernels.sizes import (
     lag,
     most_blocks,
     movers,
+    refusal,
     ring_blocks,
     talls,
     work_memory,
@@ -68,15 +68,8 @@ class FusedOps:
         ``tall``: as in ``grouped_gemm``, for every round; None: what ``few_rows`` says of each.
         ``trace``: note what each role does when, in ``notes`` (cu/trace.cuh).
         """
-        if config.dtype != "bf16" or config.format != "plain":
-            raise EpmoeError(
-                f"the CUDA kernels compute plain bf16, got {config.format} {config.dtype}"
-            )
-        if config.hidden % 64 or config.inner % 64:
-            raise ValueError(
-                f"hidden and inner must be multiples of 64 on a GPU, "
-                f"got {config.hidden}, {config.inner}"
-            )
+        if (refused := refusal(config)) is not None:
+            raise refused
         self.config, self._words = config, words
         self._talls = talls(config, words.ranks) if tall is None else (tall,)
         self.grid = processors_of(torch.cuda.current_device()) // 2 * 2

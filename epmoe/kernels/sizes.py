@@ -8,12 +8,27 @@ from collections.abc import Iterable
 import torch
 
 from epmoe.config import MoEConfig
+from epmoe.errors import EpmoeError
 from epmoe.kernels.gemm import BLOCK
 
 LAG = 2  # FC2 of a block comes this many times all clusters' tiles behind its FC1
 GROUP = 16  # cu/tiles.cuh
 TALL = 128  # weight rows of a tile where slots have few rows
 SHARED_POOLS = ("origin", "scale", "rows", "mid", "results")
+
+
+def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
+    """Why the CUDA kernels do not compute this layer; None if they do."""
+    if config.dtype != "bf16" or config.format != "plain":
+        return EpmoeError(
+            f"the CUDA kernels compute plain bf16, got {config.format} {config.dtype}"
+        )
+    if config.hidden % 64 or config.inner % 64:
+        return ValueError(
+            f"hidden and inner must be multiples of 64 on a GPU, "
+            f"got {config.hidden}, {config.inner}"
+        )
+    return None
 
 
 def few_rows(config: MoEConfig, ranks: int, capacity: int) -> int:

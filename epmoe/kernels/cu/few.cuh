@@ -92,8 +92,8 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
 }
 
 // A warpgroup: what it writes goes out by ordinary stores.  Each warp counts a tile when its own
-// stores are visible, not at once but when the next tile is under way: the fence took 2 us a tile,
-// in which nobody emptied the ring.
+// stores are visible, not at once but when the next tile is under way: writing out and the fence
+// took 3 us a tile, in which nobody emptied the ring.
 inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
                             u32 epoch, u32 group) {
     const u32 staging = base + Weights::staging_at + group * CHUNK * PITCH;

@@ -157,8 +157,8 @@ inline bool bar_test(u32 bar, u32 phase) {
 }
 
 // Everything waited for here is fed by this same launch, so the wait ends unless the kernel itself
-// is wrong; waits for other ranks have their own limits (signals.cuh), which come first.  A try takes
-// 75 ns or more: five minutes at least (2^26 tries were 5 s, no longer than a legal limit).
+// is wrong; waits for other ranks have their own limits (signals.cuh), which come first: 2^26 tries
+// were over before a limit of 5 s, so these are 64 times as many.
 inline void bar_wait(u32 bar, u32 phase) {
     for (u32 tries = 0; !bar_try(bar, phase);)
         if (++tries == ~0u) asm volatile("trap;");
