@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from epmoe.cli.machine import machine
 from epmoe.cli.race import LIMIT_S, RULES
 from epmoe.cli.ranks import on_ranks
 from epmoe.cli.roofline import floor
-from epmoe.cli.tables import show, show_json
+from epmoe.cli.share import share, warning
+from epmoe.cli.standings import lines_of, plot, print_tables
+from epmoe.cli.tables import show_json
 from epmoe.comm.group import Group
+from epmoe.config import MoEConfig
+from epmoe.errors import EpmoeError
 from epmoe.shapes import SHAPES, shape
 
 ROWS = "16,128,512,2048,8192"
@@ -34,7 +39,15 @@ the caller's output.
 The floor is the longest of arithmetic, memory and NVLink time for uniform routing, with each row
 sent once to each rank, at the best rates measured on H200s, plus 12 us.  --skew S draws experts
 with weights 1 / n^S (0 is uniform); the floor stays that of uniform routing.
-Every rank holds experts / ranks of the experts: a run on 2 or 4 GPUs is not the 8-GPU layer."""
+Every rank holds experts / ranks of the experts: a run on 2 or 4 GPUs is not the 8-GPU layer.
+
+--load-of N runs, on R ranks, a layer with experts * R / N experts (as many as choices at least):
+every rank holds as many experts and gets as many rows as a rank of N.  IT IS NOT THE LAYER ON N
+GPUs: (R-1)/R of the choices cross NVLink instead of (N-1)/N, a row visits at most R ranks (with
+dsv3 it goes to 4.6 others of 8, to 1 of 2), a round waits for R ranks, and --skew has fewer experts
+to draw from.  Floor and peers are those of the layer as it is run.  The shapes are called "dsv3
+load-of-N" in all that is printed or written; JSON and CSV have load_of (the number of ranks if this
+is off) and experts, and JSON a warning, which is printed over the tables."""
 
 
 def add(parts: Any) -> None:
@@ -47,9 +60,16 @@ def add(parts: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--shape", default="qwen3-30b", help=f"one or more, with commas: {', '.join(SHAPES)}"
+        "--shape", default="qwen3-30b", help=f"all, or some with commas: {', '.join(SHAPES)}"
     )
     parser.add_argument("--rows", default=ROWS, help=f"rows of each rank ({ROWS})")
+    parser.add_argument(
+        "--load-of",
+        type=int,
+        metavar="N",
+        help="fewer experts, so that each rank holds and computes what one of N ranks would; no "
+        "N-GPU figure, see below (the number of ranks: the whole layer)",
+    )
     parser.add_argument("--format", default="bf16", choices=("bf16",), help="of weights and rows")
     parser.add_argument("--skew", type=float, default=0.0, help="of the routing (0: uniform)")
     parser.add_argument("--heap", default="cuda", choices=("cuda", "nvshmem"))
@@ -72,13 +92,18 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be at least 30, got {args.rounds}")
     if args.skew < 0:
         raise ValueError(f"--skew must be at least 0, got {args.skew}")
+    _writable(args)
 
     def body(group: Group) -> int:
-        report = _report(group, args)
+        of = group.size if args.load_of is None else args.load_of
+        said = warning([shape(name, max_rows=1) for name in names], group.size, of)
         with contest.ready(group):
+            report = _report(group, args) | {"load_of": of, "warning": said, "entries": []}
             for name in names:
-                for entry in _entries(group, name, rows, args):
+                for entry in _entries(group, name, of, rows, args):
                     report["entries"].append(entry)
+                    if group.rank == 0:
+                        _keep(report, args)
         if group.rank == 0:
             _publish(report, args)
         return 0
@@ -87,23 +112,29 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _entries(
-    group: Group, name: str, rows: list[int], args: argparse.Namespace
+    group: Group, name: str, of: int, rows: list[int], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """One shape at every number of rows, with the same weights."""
-    config = shape(name, max_rows=max(rows), heap=args.heap, stall_s=20.0, open_s=120.0)
+
+    def for_rows(most: int) -> MoEConfig:
+        whole = shape(name, max_rows=most, heap=args.heap, stall_s=20.0, open_s=120.0)
+        return share(whole, group.size, of)
+
+    config = for_rows(max(rows))
     with group.guarded("see whether it fits", LIMIT_S):
         contest.check_memory(config, group.size)
         weights = contest.weights(config, group, args.seed)
     for n in rows:
-        at = shape(name, max_rows=n, heap=args.heap, stall_s=20.0, open_s=120.0)
+        at = for_rows(n)
         drawn = Drawn.make(at, group, n, skew=args.skew, seed=args.seed)
         entry: Entry = contest.run(at, group, weights, drawn, args.rounds, (args.without,))
         found = floor(at, group.size, n)
         if group.rank == 0 and args.json != "-":
             us = {who: round(times["median"], 1) for who, times in entry.us.items()}
-            print(f"{name} {n} rows: floor {found.us:.0f}, {us}", flush=True)
+            print(f"{at.name} {n} rows: floor {found.us:.0f}, {us}", flush=True)
         yield {
-            "shape": name,
+            "shape": at.name,
+            "experts": at.experts,
             "rows": n,
             "floor_us": round(found.us, 1),
             "bound": found.bound,
@@ -125,96 +156,40 @@ def _report(group: Group, args: argparse.Namespace) -> dict[str, Any]:
         "heap": args.heap,
         "skew": args.skew,
         "rounds": args.rounds,
-        "entries": [],
     }
 
 
+def _keep(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """After each entry: whoever is ended by a limit on time keeps what was measured."""
+    if args.json not in (None, "-"):
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    if args.csv:
+        Path(args.csv).write_text("\n".join(lines_of(report)) + "\n")
+
+
 def _publish(report: dict[str, Any], args: argparse.Namespace) -> None:
+    _keep(report, args)
     if args.json == "-":
         show_json(report)
     else:
         print_tables(report)
-        if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    if args.csv:
-        Path(args.csv).write_text("\n".join(lines_of(report)) + "\n")
     if args.plot:
         plot(report, Path(args.plot))
 
 
-def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
-    """The report as CSV: one line for each shape, number of rows and contestant."""
-    yield "shape,rows,ranks,format,skew,contestant,median_us,p10_us,p90_us,floor_us"
-    for e in report["entries"]:
-        for who, us in e["us"].items():
-            front = (e["shape"], e["rows"], report["ranks"], report["format"], report["skew"])
-            name = who.replace(",", " +")
-            yield ",".join(
-                map(str, (*front, name, us["median"], us["p10"], us["p90"], e["floor_us"]))
-            )
-
-
-def print_tables(report: Mapping[str, Any]) -> None:
-    """What it ran on; times beside floor and peer; where the split path's time goes."""
-    print(f"  on {report['ranks']} x {report['gpu']}, {', '.join(report['machine'].values())}")
-    contestants = list(dict.fromkeys(who for e in report["entries"] for who in e["us"]))
-    ours = [who for who in contestants if who in contest.OURS]
-    peers = [who for who in contestants if who not in contest.OURS]
-
-    def cells(e: Mapping[str, Any]) -> tuple[str, ...]:
-        median = {who: us["median"] for who, us in e["us"].items()}
-        best = min(median[who] for who in ours)
-        rival = min((median[who] for who in peers), default=float("nan"))
-        return (
-            e["shape"],
-            f"{e['rows']:,}",
-            f"{e['floor_us']:,.0f}",
-            *(f"{median[who]:,.0f}" for who in contestants),
-            f"{best / rival:.2f}",
-            f"{best / e['floor_us']:.2f}",
-        )
-
-    show(
-        f"one forward, {report['format']}, skew {report['skew']}, us, slowest rank, median of "
-        f"{report['rounds']}",
-        ("shape", ">rows", ">floor", *(f">{who}" for who in contestants), ">to peer", ">to floor"),
-        [cells(e) for e in report["entries"]],
-    )
-    verbs = list(report["entries"][0]["verbs_us"])
-    show(
-        "split, verb by verb, us",
-        ("shape", ">rows", *(f">{verb}" for verb in verbs)),
-        [
-            (e["shape"], f"{e['rows']:,}", *(f"{e['verbs_us'][v]['median']:,.0f}" for v in verbs))
-            for e in report["entries"]
-        ],
-    )
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Times over rows per rank, both logarithmic; one field for each shape."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(e["shape"] for e in report["entries"]))
-    figure, fields = pyplot.subplots(1, len(names), figsize=(4 * len(names), 4), squeeze=False)
-    for field, name in zip(fields[0], names, strict=True):
-        entries = [e for e in report["entries"] if e["shape"] == name]
-        rows = [e["rows"] for e in entries]
-        for who in entries[0]["us"]:
-            field.plot(rows, [e["us"][who]["median"] for e in entries], "o-", label=who)
-        field.plot(rows, [e["floor_us"] for e in entries], "k:", label="floor")
-        field.set(xscale="log", yscale="log", title=name, xlabel="rows per rank", ylabel="us")
-        field.legend(fontsize="small")
-    figure.suptitle(f"{report['ranks']} x {report['gpu']}, {report['format']}, {report['date']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _writable(args: argparse.Namespace) -> None:
+    """Before anything is measured, not after."""
+    for name in ("json", "csv", "plot"):
+        path = getattr(args, name)
+        if path not in (None, "-") and not Path(path).parent.is_dir():
+            raise ValueError(f"--{name} must lie in a folder that exists, got {path!r}")
+    if args.plot and find_spec("matplotlib") is None:
+        raise EpmoeError("--plot needs matplotlib: pip install matplotlib")
 
 
 def _names(text: str) -> list[str]:
+    if text == "all":
+        return list(SHAPES)
     names = text.split(",")
     for name in names:
         if name not in SHAPES:

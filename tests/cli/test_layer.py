@@ -1,7 +1,7 @@
 """The bench of whole layers: its floor, its peer's answers, what it prints and what it refuses."""
 
-import csv
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ from epmoe.cli import contest, layer, main, probes
 from epmoe.cli.gloo import open_store
 from epmoe.cli.nccl import Nccl
 from epmoe.cli.roofline import floor
+from epmoe.cli.share import share
 from epmoe.comm.layout import layout
 from epmoe.errors import EpmoeError
 from epmoe.kernels.sizes import private_bytes
-from epmoe.shapes import shape
+from epmoe.shapes import SHAPES, shape
 
 PEER = contest.PEER
 
@@ -46,55 +47,6 @@ def test_one_rank_sends_nothing_and_fewer_ranks_read_more():
     assert floor(config, 2, 128).memory > 1.9 * floor(config, 4, 128).memory
 
 
-def report(ranks=2):
-    entries = [
-        {
-            "shape": name,
-            "rows": rows,
-            "floor_us": 50.0,
-            "bound": "memory",
-            "us": {
-                "split": {"median": 100.0 + rows, "p10": 90.0, "p90": 110.0},
-                PEER: {"median": 400.0, "p10": 390.0, "p90": 410.0},
-            },
-            "verbs_us": {verb: {"median": 20.0} for verb in ("stage", "pull", "experts")},
-        }
-        for name in ("qwen3-30b", "mixtral")
-        for rows in (16, 100)
-    ]
-    head = {"ranks": ranks, "format": "bf16", "skew": 0.0, "rounds": 30, "date": "2026-01-01"}
-    return head | {"gpu": "a GPU", "machine": {"cores": "2 cores"}, "entries": entries}
-
-
-def test_csv_has_a_line_for_each_contestant():
-    lines = list(csv.DictReader(layer.lines_of(report())))
-    assert len(lines) == 8
-    assert lines[2] | {"contestant": ""} == {
-        "shape": "qwen3-30b",
-        "rows": "100",
-        "ranks": "2",
-        "format": "bf16",
-        "skew": "0.0",
-        "contestant": "",
-        "median_us": "200.0",
-        "p10_us": "90.0",
-        "p90_us": "110.0",
-        "floor_us": "50.0",
-    }
-
-
-def test_the_table_has_the_ratio_to_the_peer_and_to_the_floor(capsys):
-    layer.print_tables(report())
-    line = next(x for x in capsys.readouterr().out.splitlines() if "mixtral" in x and "100" in x)
-    assert line.split() == ["mixtral", "100", "50", "200", "400", "0.50", "4.00"]
-
-
-def test_a_plot_is_written(tmp_path):
-    pytest.importorskip("matplotlib")
-    layer.plot(report(), tmp_path / "times.png")
-    assert (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
-
-
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -103,6 +55,9 @@ def test_a_plot_is_written(tmp_path):
         (["--rows", "0"], "--rows must be numbers above 0"),
         (["--rounds", "29"], "--rounds must be at least 30, got 29"),
         (["--skew", "-1"], "--skew must be at least 0, got -1.0"),
+        (["--json", "/no/such/r.json"], "--json must lie in a folder that exists, got '/no/such/"),
+        (["--csv", "/no/such/r.csv"], "--csv must lie in a folder that exists"),
+        (["--plot", "/no/such/r.png"], "--plot must lie in a folder that exists"),
     ],
 )
 def test_a_wrong_argument_is_named(capsys, argv, said):
@@ -116,6 +71,80 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, argv):
     assert main(["bench", *argv]) == 1
     assert "no GPU here: libcuda.so.1 is not here" in capsys.readouterr().err
     assert callable(probes.ask_driver)
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """The verb on two ranks without GPUs: everything but the contest itself."""
+
+    def run(config, group, weights, drawn, rounds, without):
+        assert (weights, drawn) == (config.experts, config.experts)
+        if config.max_rows == 666:
+            raise EpmoeError("lost in the middle")
+        us = {"split": {"median": 100.0, "p10": 90.0, "p90": 110.0}}
+        return contest.Entry(us, {"pull": {"median": 1.0}}, 0.0, config.experts, {"heap": 1})
+
+    monkeypatch.setattr(contest, "gpus", lambda: 2)
+    monkeypatch.setattr(contest, "ready", lambda group: nullcontext())
+    monkeypatch.setattr(contest, "check_memory", lambda config, ranks: None)
+    monkeypatch.setattr(contest, "weights", lambda config, group, seed: config.experts)
+    make = classmethod(lambda cls, config, group, rows, *, skew, seed: config.experts)
+    monkeypatch.setattr(contest.Drawn, "make", make)
+    monkeypatch.setattr(contest, "run", run)
+
+
+def test_the_load_of_eight_is_called_so_wherever_it_is_read(faked, capfd, tmp_path):
+    out = tmp_path / "r.json"
+    said = ["--json", str(out), "--csv", str(tmp_path / "r.csv")]
+    assert main(["bench", "layer", "--shape", "all", "--rows", "128", "--load-of", "8", *said]) == 0
+    made = json.loads(out.read_text())
+    assert (made["ranks"], made["load_of"]) == (2, 8)
+    assert made["warning"][0] == "NOT a layer on 8 GPUs: the load of one rank of 8, on 2"
+    assert [e["shape"] for e in made["entries"]] == [f"{name} load-of-8" for name in SHAPES]
+    run = share(shape("dsv3", max_rows=128), 2, 8)
+    assert made["entries"][0]["experts"] == made["entries"][0]["busiest"] == 64 == run.experts
+    assert made["entries"][0]["floor_us"] == round(floor(run, 2, 128).us, 1)
+    lines = (tmp_path / "r.csv").read_text().splitlines()
+    assert lines[1].startswith("dsv3 load-of-8,128,2,8,64,bf16,")
+    printed = capfd.readouterr().out
+    assert "dsv3 load-of-8 128 rows: floor" in printed
+    assert printed.count("NOT 8 GPUs") == 2
+
+
+def test_without_it_the_layer_is_whole(faked, capfd, tmp_path):
+    argv = ["bench", "layer", "--rows", "16", "--json", str(tmp_path / "r.json")]
+    assert main(argv) == 0
+    made = json.loads((tmp_path / "r.json").read_text())
+    assert (made["ranks"], made["load_of"], made["warning"]) == (2, 2, [])
+    assert [(e["shape"], e["experts"]) for e in made["entries"]] == [("qwen3-30b", 128)]
+    assert "NOT" not in capfd.readouterr().out
+
+
+def test_what_was_measured_is_kept_if_the_rest_fails(faked, capfd, tmp_path):
+    argv = ["bench", "layer", "--rows", "16,666", "--json", str(tmp_path / "r.json")]
+    assert main(argv) == 1
+    assert [e["rows"] for e in json.loads((tmp_path / "r.json").read_text())["entries"]] == [16]
+    assert "lost in the middle" in capfd.readouterr().err
+
+
+def test_a_load_of_fewer_ranks_is_refused_before_a_gpu_is_taken(faked, monkeypatch, capfd):
+    monkeypatch.setattr(contest, "ready", lambda group: pytest.fail("took a GPU"))
+    assert main(["bench", "layer", "--load-of", "1"]) != 0
+    assert "--load-of must be at least the number of ranks (2), got 1" in capfd.readouterr().err
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(layer, "find_spec", lambda name: None)
+    assert main(["bench", "layer", "--plot", "r.png"]) == 1
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+def test_help_says_that_a_part_is_not_the_whole(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "layer", "--help"])
+    out = capsys.readouterr().out
+    assert "IT IS NOT THE LAYER ON N\nGPUs" in out
+    assert "(R-1)/R of the choices cross NVLink" in out
 
 
 def test_memory_is_the_slab_and_what_the_fused_round_keeps():
@@ -167,13 +196,6 @@ def test_the_peer_computes_the_layer(fields):
 
     for outcome in several(2, body):
         assert outcome.result < 1e-2  # bf16 products and sums; a wrong order gives above 1
-
-
-def test_json_holds_every_entry(tmp_path, monkeypatch):
-    made = report()
-    args = type("Args", (), {"json": str(tmp_path / "r.json"), "csv": None, "plot": None})
-    layer._publish(made, args)
-    assert json.loads((tmp_path / "r.json").read_text()) == made
 
 
 def test_ours_must_have_the_same_bits_and_the_peer_must_be_near():
