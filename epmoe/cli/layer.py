@@ -31,10 +31,13 @@ DETAIL = f"""\
 What is timed, on every rank: one whole forward, from the caller's rows, ids and router weights to
 the caller's output.
   split             epmoe: stage, pull, two grouped GEMMs, push, reduce as separate launches
-  fused             epmoe: the same in one launch, where this version has it
+  fused             epmoe: the same in one launch, as every call of MoE does it
   nccl, grouped_mm  torch: sort, all_to_all_single of counts and of rows, sort by expert,
                     torch._grouped_mm, activation, torch._grouped_mm, all of it back, weighted sum
 {RULES}
+Outputs are compared before: split's and fused's are the same bits, the peer's are within
+{contest.APART:.0%} (relative; its router weights are bf16).  Split's launches are then timed one by
+one, back to back, in turns of their own: ids are int32 and the output exists before they begin.
 
 The floor is the longest of arithmetic, memory and NVLink time for uniform routing, with each row
 sent once to each rank, at the best rates measured on H200s, plus 12 us.  --skew S draws experts

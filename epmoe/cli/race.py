@@ -23,7 +23,7 @@ queues the rest, an all-reduce of one value (ranks leave it within a few us of e
 turn between two CUDA events.  So launches of a contestant that never waits for the host cost no
 time; one that must know counts on the host pays for that, as it does in a model.  Contestants
 rotate within a round.  A round counts with its slowest rank; a figure is the median of the counted
-rounds (three more warm up).  Rows are random normal; outputs are compared before timing."""
+rounds (three more warm up).  Rows are random normal."""
 
 
 class Race:

@@ -18,6 +18,7 @@ from epmoe.cli.contest import Drawn
 from epmoe.cli.machine import machine
 from epmoe.cli.race import LIMIT_S, Race
 from epmoe.cli.ranks import on_ranks
+from epmoe.cli.share import share, warning
 from epmoe.cli.tables import show, show_json, size
 from epmoe.cli.timeline import Timeline, Told, by_rank, by_role, timeline, write
 from epmoe.comm.group import Group
@@ -60,6 +61,9 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--shape", default="qwen3-30b", help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("--rows", type=int, default=128, help="of each rank (128)")
+    parser.add_argument(
+        "--load-of", type=int, metavar="N", help="as of epmoe bench layer: no N-GPU round"
+    )
     parser.add_argument("--skew", type=float, default=0.0, help="of the routing (0: uniform)")
     parser.add_argument("--heap", default="cuda", choices=("cuda", "nvshmem"))
     parser.add_argument(
@@ -88,12 +92,15 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must lie in a folder that exists, got {args.out!r}")
 
     def body(group: Group) -> int:
+        of = group.size if args.load_of is None else args.load_of
+        whole = shape(args.shape, max_rows=args.rows, heap=args.heap, stall_s=20.0, open_s=120.0)
+        config, about = share(whole, group.size, of), warning([whole], group.size, of)
         with contest.ready(group):
-            mine, us = _traced(group, args)
+            mine, us = _traced(group, config, args)
         said = group.allgather(mine.packed(), what="spans", limit_s=LIMIT_S)
         if group.rank == 0:
             line = timeline([Told.unpacked(one) for one in said])
-            report = _report(line, us, args)
+            report = _report(line, us, config, args) | {"load_of": of, "warning": about}
             report["bytes"] = write(out, line, report)
             if args.json:
                 show_json(report)
@@ -104,9 +111,10 @@ def main(args: argparse.Namespace) -> int:
     return on_ranks(args.ranks, contest.gpus(), body)
 
 
-def _traced(group: Group, args: argparse.Namespace) -> tuple[Told, dict[str, float]]:
+def _traced(
+    group: Group, config: MoEConfig, args: argparse.Namespace
+) -> tuple[Told, dict[str, float]]:
     """Collective: one round, and the median times of rounds without and with notes."""
-    config = shape(args.shape, max_rows=args.rows, heap=args.heap, stall_s=20.0, open_s=120.0)
     with group.guarded("see whether it fits", LIMIT_S):
         contest.check_memory(config, group.size)
         held = contest.weights(config, group, args.seed)
@@ -150,11 +158,14 @@ def _round(fused: FusedOps, drawn: Drawn) -> Tensor:
     return out
 
 
-def _report(line: Timeline, us: Mapping[str, float], args: argparse.Namespace) -> dict[str, Any]:
+def _report(
+    line: Timeline, us: Mapping[str, float], config: MoEConfig, args: argparse.Namespace
+) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
-        "shape": args.shape,
+        "shape": config.name,
+        "experts": config.experts,
         "rows": args.rows,
         "ranks": len(line.ranks),
         "skew": args.skew,
@@ -181,6 +192,8 @@ def print_tables(report: Mapping[str, Any]) -> None:
         f"  {report['shape']}, {report['rows']} rows, skew {report['skew']}, {report['caches']} "
         f"caches: a round takes {us['plain']:,.1f} us, with notes {us['noted']:,.1f}"
     )
+    for said in report["warning"]:
+        print(f"  {said}")
     if report["apart_us"] is None:
         print("  the ranks share no event: each has its own time, from its own first span on")
     elif report["ranks"] > 1:

@@ -28,6 +28,7 @@ def test_all_contestants_agree_and_every_round_counts(rank, group):
     assert report.ratios["whole"] == us["epmoe"] / us["gloo"]
     assert report.ratios["rows moved"] == us["epmoe, rows moved"] / us["gloo, rows moved"]
     raw = json.dumps([times.rounds for times in report.times.values()]).encode()
+    raw += json.dumps([report.shape, report.verbs]).encode()
     assert set(group.allgather(raw, what="times", limit_s=10)) == {raw}
 
 

@@ -5,9 +5,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from epmoe.cli.timeline import Told, by_rank, by_role, events, left, thread, timeline, write
-from epmoe.kernels.trace import SPAN, Traced, names_of
+from epmoe.kernels.fused import NOTE, NOTES, ROLES
+from epmoe.kernels.trace import HEADER, SPAN, Traced, decode, names_of
 
 SPANS, ROLE = names_of("Span"), names_of("Role")
 
@@ -45,6 +47,37 @@ def test_ranks_leave_wait_c_together_and_the_first_span_is_at_0():
     assert [int(spans["begin"].min()) for spans in line.spans] == [0, 2000]
     assert line.apart == 9600 - 9500  # 7600 + 2000, and 9500
     assert int(b.traced.spans["begin"].min()) == 0  # what was told is left as it was
+
+
+def noted(clock, timer, rate, *spans):
+    """Notes of one CTA's first role, as its kernel would leave them, by ``rate`` clocks a
+    nanosecond; the role ends with its last span."""
+    words = np.zeros((1, ROLES, NOTES, NOTE // 8), np.int64)
+    mine, at = words[0, 0], clock
+    for note, (name, ns) in zip(mine[HEADER:], spans, strict=False):
+        at += ns * rate
+        note[:] = at, SPANS.index(name) << 32 | ns * rate
+    mine[:HEADER] = [(clock, timer), (at, timer + (at - clock) // rate)]
+    return torch.from_numpy(words.view(np.uint8).reshape(-1))
+
+
+def test_notes_of_gpus_whose_timers_and_clocks_disagree_become_one_line():
+    """From what kernels leave to one time: rank 1's timer is an hour behind, its clock is slower,
+    it began 3 us before rank 0 and waited for it."""
+    hour, now = 3600 * 10**9, 1_763_703_634_000_000_000
+    mine = noted(5000, now, 2, ("stage", 400), ("wait_c", 600), ("work", 9000), ("wait_y", 500))
+    theirs = noted(
+        70, now - hour, 1, ("stage", 400), ("wait_c", 3600), ("work", 8000), ("wait_y", 1620)
+    )
+    said = [Told(gpu, decode(notes, 1)) for gpu, notes in (("a", mine), ("b", theirs))]
+    line = timeline([Told.unpacked(one.packed()) for one in said])
+    assert [one.traced.timer for one in line.ranks] == [now, now - hour]
+    assert [spans["begin"].tolist() for spans in line.spans] == [
+        [3000, 3400, 4000, 13000],
+        [0, 400, 4000, 12000],
+    ]
+    assert [spans["end"].tolist()[-1] for spans in line.spans] == [13500, 13620]
+    assert line.apart == 120
 
 
 def test_the_first_to_begin_may_be_another_rank_than_0():

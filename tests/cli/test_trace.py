@@ -10,6 +10,7 @@ import pytest
 from epmoe.cli import contest, main, trace
 from epmoe.cli.timeline import Told, timeline
 from epmoe.kernels.trace import SPAN, Traced, names_of
+from epmoe.shapes import shape
 
 SPANS, ROLE = names_of("Span"), names_of("Role")
 
@@ -45,7 +46,8 @@ def test_help_says_how_ranks_are_aligned(capsys):
 def test_rank_0_writes_and_prints_what_all_ranks_told(monkeypatch, capfd, tmp_path):
     """The whole verb on two ranks, but for the round itself."""
 
-    def traced(group, args):
+    def traced(group, config, args):
+        assert config.experts == 64
         late = 5000 * group.rank
         rows = [(0, "stage", late, late + 900), (1, "wait_c", late + 900, late + 2000)]
         rows += [(1, "wait_y", late + 2000, late + 9000 + 70 * group.rank)]
@@ -56,12 +58,16 @@ def test_rank_0_writes_and_prints_what_all_ranks_told(monkeypatch, capfd, tmp_pa
     monkeypatch.setattr(contest, "ready", lambda group: nullcontext())
     monkeypatch.setattr(trace, "_traced", traced)
     out = tmp_path / "t.json"
-    assert main(["trace", "--shape", "dsv3", "--out", str(out)]) == 0
+    assert main(["trace", "--shape", "dsv3", "--load-of", "8", "--out", str(out)]) == 0
     printed = capfd.readouterr().out
+    assert "  dsv3 load-of-8, 128 rows" in printed
+    assert "  NOT a layer on 8 GPUs: the load of one rank of 8, on 2" in printed
     assert printed.count("on 2 x H200") == 1
     assert "where they leave wait_c, to about 0.1 us" in printed
     made = json.loads(out.read_text())
     assert made["otherData"]["apart_us"] == 0.07
+    assert made["otherData"]["shape"] == "dsv3 load-of-8"
+    assert made["otherData"]["warning"][2] == "dsv3: 64 of 256 experts, 32 a rank"
     assert made["otherData"]["round_us"] == {"plain": 9.0, "noted": 9.5}
     spans = [e for e in made["traceEvents"] if e["ph"] == "X"]
     assert [(e["pid"], e["ts"], e["dur"]) for e in spans if e["name"] == "wait_y"] == [
@@ -75,10 +81,9 @@ def report(ranks, *, waits_c=True, full=()):
     spans += [("work", 4000, 90_000), ("wait_y", 90_000, 91_250)]
     rows = [(0, ROLE.index("whole_cta"), SPANS.index(name), b, e) for name, b, e in spans]
     told = [Told("H200", Traced(0, np.array(rows, SPAN), full)) for _ in range(ranks)]
-    args = argparse.Namespace(
-        shape="dsv3", rows=128, skew=0.5, heap="cuda", warm=False, out="t.json.gz"
-    )
-    return trace._report(timeline(told), {"plain": 90.04, "noted": 95.5}, args) | {"bytes": 2048}
+    args = argparse.Namespace(rows=128, skew=0.5, heap="cuda", warm=False, out="t.json.gz")
+    config, us = shape("dsv3", max_rows=128), {"plain": 90.04, "noted": 95.5}
+    return trace._report(timeline(told), us, config, args) | {"bytes": 2048, "warning": []}
 
 
 def printed(capsys, made):
