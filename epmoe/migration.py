@@ -9,13 +9,12 @@ until then the old slots are untouched, so a migration that fails leaves the old
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from epmoe.errors import EpmoeError
-from epmoe.formats import SlotTensor
 from epmoe.kernels.moving import SUM, Carrier, Checksum, SlotBytes
 from epmoe.sched.freight import PIECE, Parcel, schedule
 from epmoe.sched.moves import Move, moves
@@ -26,16 +25,15 @@ from epmoe.sched.steps import steps
 class Migration:
     """One layer on its way from one placement to another, as rank ``rank`` sees it.
 
-    ``declared`` names every tensor that a slot has, so whatever a format adds travels too.  No
-    round copies more than ``budget`` bytes into or out of this rank, nor a switch, unless experts
-    without a second slot change places in a ring.  ``most`` is what one round can carry.
+    ``weights`` are all tensors that a slot has, so whatever a format adds travels too.  No round
+    copies more than ``budget`` bytes into or out of this rank, nor a switch, unless experts without
+    a second slot change places in a ring.  ``most`` is what one round can carry.
     """
 
     def __init__(
         self,
         old: Placement,
         new: Placement,
-        declared: Sequence[SlotTensor],
         weights: Mapping[str, Tensor],
         carrier: Carrier,
         *,
@@ -45,20 +43,18 @@ class Migration:
         verify: bool,
         settled: Callable[[], None],
     ) -> None:
-        """Plans only: no byte is copied before the first round.
+        """Plans only.
 
         ``settled`` returns when the rounds that were queued are over, or raises what went wrong.
         """
         self.new, self._rank, self._carrier = new, rank, carrier
         self._per_rank, self._first = old.slots_per_rank, rank * old.slots_per_rank
-        self._slots = SlotBytes(declared, weights)
+        self._slots = SlotBytes(weights)
         moved = moves(old, new)
         # Where a slot's checksum follows its bytes; ``total`` is what travels.
         self._sum_at = -(-self._slots.nbytes // PIECE) * PIECE
         total = self._sum_at + SUM if verify and self._slots.nbytes else self._slots.nbytes
         self._mine = {move.slot: move for move in moved if self._is_mine(move.slot)}
-        shadows = carrier.shadows(len(self._mine), total)
-        self._shadows = dict(zip(self._mine, shadows, strict=True))
         self._sums: dict[int, Checksum] | None = None
         if verify:  # of the slots that I send or get, by where they go
             far = (m for m in moved if self._is_mine(m.slot) != self._is_mine(m.source))
@@ -71,6 +67,7 @@ class Migration:
         self._steps = iter(steps(old, new, at_once))
         self._next: Placement | None = next(self._steps)
         self._in_force, self._settled, self._sure = old, settled, False
+        self._total, self._shadows = total, dict[int, Tensor]()
         self._laid_out = False
 
     @property
@@ -83,10 +80,17 @@ class Migration:
         """True once ``new`` is in force here."""
         return self._next is None
 
-    def begin(self) -> None:
-        """Lay out the first round's freight already; only if that round is the next of the heap."""
-        self.load()
-        self._laid_out = True
+    def begin(self, *, at_once: bool) -> None:
+        """Make the shadows, once, before the first round.
+
+        ``at_once``: that round is the next of the heap.  Its freight is laid out first, so that a
+        GPU copies while the shadows are made and the ranks still talk.
+        """
+        if at_once:
+            self.load()
+            self._laid_out = True
+        shadows = self._carrier.shadows(len(self._mine), self._total)
+        self._shadows = dict(zip(self._mine, shadows, strict=True))
 
     def load(self) -> None:
         """Before my C: what others wait for, into my freight region.
@@ -131,18 +135,21 @@ class Migration:
         """
         if self._next is None:
             raise EpmoeError("this migration has ended")
-        if not self._sure:  # garbage that was fetched after a fault must become nobody's weights
-            self._settled()
-            self._sure = True
-        before, self._in_force = self._in_force.expert_of_S, self._next
-        for slot in self._in_force.slots_on(self._rank):
-            if before[slot] != self._in_force.expert_of_S[slot]:
+        before, after = self._in_force.expert_of_S, self._next.expert_of_S
+        due = []  # named while a GPU still fetches
+        for slot in self._next.slots_on(self._rank):
+            if before[slot] != after[slot]:
                 shadow = self._shadows.pop(slot)
                 if shadow.is_cuda:  # made in the caller's stream of that time
                     shadow.record_stream(torch.cuda.current_stream())
                 for at, piece in self._slots.pieces(slot - self._first, 0, self._slots.nbytes):
-                    piece.copy_(shadow[at : at + piece.numel()].view(piece.shape))
-        self._next = next(self._steps, None)
+                    due.append((piece, shadow[at : at + piece.numel()].view(piece.shape)))
+        if not self._sure:  # garbage that was fetched after a fault must become nobody's weights
+            self._settled()
+            self._sure = True
+        for piece, content in due:
+            piece.copy_(content)
+        self._in_force, self._next = self._next, next(self._steps, None)
         return self._in_force
 
     def _lay_out(self, parcel: Parcel) -> None:

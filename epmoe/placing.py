@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from epmoe.accept import check_placement
 from epmoe.config import MoEConfig
 from epmoe.errors import ConfigMismatch, EpmoeError
-from epmoe.formats import DTYPE, SlotTensor
+from epmoe.formats import DTYPE
 from epmoe.kernels.moving import Carrier
 from epmoe.kernels.ops import VERBS
 from epmoe.migration import Migration
@@ -44,11 +43,10 @@ class Placing:
             check_placement(config, placement, budget, group.size)
             if self.migration is not None:
                 raise ValueError("placement: the layer is on its way to another one already")
-            # No rank leaves the phase, so no round waits, while another still makes its shadows.
             migration = self._towards(placement, budget, verify)
-            if budget is None:
-                migration.begin()  # while the ranks still talk
-            said.mine = json.dumps([placement.expert_of_S, budget, verify]).encode()
+            # No rank leaves the phase, so no round waits, while another still makes its shadows.
+            migration.begin(at_once=budget is None)
+            said.mine = repr((budget, verify, placement.expert_of_S)).encode()
         for rank, answer in enumerate(said.by_rank):
             if answer != said.by_rank[0]:
                 raise ConfigMismatch(
@@ -91,11 +89,9 @@ class Placing:
             )
 
     def _towards(self, placement: Placement, budget: int | None, verify: bool) -> Migration:
-        slots = {n: SlotTensor(n, tuple(t.shape[1:]), t.dtype) for n, t in self._weights.items()}
         return Migration(
             self.placement,
             placement,
-            [slots[name] for name in sorted(slots)],  # the same order on every rank
             self._weights,
             self._carrier(),
             rank=self._runtime.group.rank,

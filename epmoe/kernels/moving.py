@@ -9,7 +9,7 @@ words.  The halves take turns over all layers of a heap: it has one carrier.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from epmoe.comm.heap import Heap
 from epmoe.comm.layout import Region
-from epmoe.formats import SlotTensor
 from epmoe.kernels.launch import checked
 from epmoe.sched.freight import PIECE
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from epmoe.comm.device import DeviceSlabs
 
 SUM = 16  # bytes of a checksum
+APART = 256  # bytes that shadows on a GPU start at multiples of, as allocations do
 
 
 class Checksum(Protocol):
@@ -143,6 +143,7 @@ class CudaCarrier:
         from cuda.bindings import driver
 
         self._driver, self._heap, self._halves = driver, heap, Halves(freight)
+        self._device = torch.cuda.current_device()
         self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._begin = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # When the fetches of the last round were done, and of the one before.
@@ -151,7 +152,8 @@ class CudaCarrier:
     def lay_out(self, place: int, piece: Tensor) -> None:
         """See ``Carrier``."""
         to = self._heap.address(self._heap.rank) + self._halves.at(place)
-        self._copy(to, piece.data_ptr(), piece.numel(), torch.cuda.current_stream())
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self._copy(to, piece.data_ptr(), piece.numel(), int(stream))
 
     def fetching(self) -> AbstractContextManager[Any]:
         """See ``Carrier``."""
@@ -160,7 +162,7 @@ class CudaCarrier:
     def fetch(self, rank: int, place: int, into: Tensor) -> None:
         """See ``Carrier``."""
         source = self._heap.address(rank) + self._halves.at(place)
-        self._copy(into.data_ptr(), source, into.numel(), self._beside)
+        self._copy(into.data_ptr(), source, into.numel(), self._beside.cuda_stream)
 
     def landed(self, *, now: bool = False) -> None:
         """See ``Carrier``."""
@@ -168,19 +170,22 @@ class CudaCarrier:
         self._halves.change()
 
     def shadows(self, count: int, nbytes: int) -> list[Tensor]:
-        """See ``Carrier``.  The stream beside has them in use until its copies are done."""
-        found = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(count)]
+        """See ``Carrier``.  The stream beside has them in use until its copies are done.
+
+        One allocation: each costs a call now, a second one here, and an event when it goes.
+        """
+        apart = -(-nbytes // APART) * APART
+        found = torch.empty(count, apart, dtype=torch.uint8, device="cuda")
         self._beside.wait_stream(torch.cuda.current_stream())
-        for shadow in found:
-            shadow.record_stream(self._beside)
-        return found
+        found.record_stream(self._beside)
+        return list(found[:, :nbytes].unbind())
 
     def checksum(self) -> Checksum:
         """See ``Carrier``."""
         return Sums()
 
-    def _copy(self, to: int, source: int, nbytes: int, stream: torch.cuda.Stream) -> None:
-        checked(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, stream.cuda_stream))
+    def _copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        checked(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, stream))
 
 
 class _Beside:
@@ -221,21 +226,21 @@ class Sums:
 
 
 class SlotBytes:
-    """The bytes of a slot as one string: its tensors one after the other, wherever they lie.
+    """The bytes of a slot as one string: its tensors by name, wherever they lie.
 
     Two tensors of 40 and 24 bytes: bytes 32..48 of the string are the last 8 of the first tensor
     and the first 8 of the second.
     """
 
-    def __init__(self, declared: Sequence[SlotTensor], weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._parts: list[tuple[int, Tensor]] = []  # where each starts, [slots, runs, bytes]
         self.nbytes = 0
-        for tensor in declared:
-            slots = weights[tensor.name]
+        for name in sorted(weights):  # the same order on every rank
+            slots = weights[name]
             apart = not slots.is_contiguous()  # a matrix whose rows lie apart
             runs = slots if apart else slots.view(len(slots), 1, -1)
             self._parts.append((self.nbytes, runs.view(torch.uint8)))
-            self.nbytes += tensor.nbytes
+            self.nbytes += slots.nbytes // len(slots)
 
     def pieces(self, slot: int, at: int, length: int) -> Iterator[tuple[int, Tensor]]:
         """(where in the string, the bytes) of ``length`` bytes from ``at``; views, ascending.

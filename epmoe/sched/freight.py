@@ -7,7 +7,7 @@ source knows what to lay out, a target knows where to find it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from epmoe.sched.moves import Move
 from epmoe.sched.placement import Placement
@@ -15,8 +15,7 @@ from epmoe.sched.placement import Placement
 PIECE = 16  # bytes; parcels start at multiples of it, in the slot and in the freight region
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
+class Parcel(NamedTuple):
     """``length`` bytes from byte ``at`` of slot ``source``, for slot ``slot``.
 
     They lie at byte ``place`` of the freight of the rank that holds ``source``; if that rank holds
@@ -47,10 +46,10 @@ def schedule(
     if budget < PIECE:
         raise ValueError(f"budget must be at least {PIECE} bytes, got {budget}")
     budget -= budget % PIECE
+    per_rank, first = placement.slots_per_rank, 0
     waiting_R: list[list[list[int]]] = [[] for _ in range(placement.ranks)]  # slot, source, at
     for move in moved if slot_bytes else ():
-        waiting_R[placement.rank_of(move.source)].append([move.slot, move.source, 0])
-    per_rank, first = placement.slots_per_rank, 0
+        waiting_R[move.source // per_rank].append([move.slot, move.source, 0])
     while any(waiting_R):
         in_R = [budget] * placement.ranks  # what each may still receive
         parcels = []

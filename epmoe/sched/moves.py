@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,7 @@ from torch import Tensor
 from epmoe.sched.placement import Placement
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """A slot that changes its expert, and the slot of the old placement to copy it from."""
 
     slot: int
@@ -35,20 +34,22 @@ def moves(old: Placement, new: Placement) -> tuple[Move, ...]:
     (Move(slot=0, expert=2, source=2),)
     """
     _check_alike(old, new)
-    changed = [s for s in range(new.slots) if old.expert_of_S[s] != new.expert_of_S[s]]
-    changed.sort(key=lambda s: len(old.slots_of(new.expert_of_S[s])))
+    changed = [
+        (slot, expert, old.slots_of(expert))
+        for slot, expert in enumerate(new.expert_of_S)
+        if expert != old.expert_of_S[slot]
+    ]
+    changed.sort(key=lambda one: len(one[2]))
     asked, each = [0] * old.ranks, old.slots_per_rank
     found = []
-    for slot in changed:
-        expert, rank = new.expert_of_S[slot], slot // each
-        sources = old.slots_of(expert)
-        source = sources[0]
+    for slot, expert, sources in changed:
+        source, rank = sources[0], slot // each
         if len(sources) > 1:
             source = min(sources, key=lambda s: (s // each != rank, asked[s // each]))
         if source // each != rank:
             asked[source // each] += 1
         found.append(Move(slot, expert, source))
-    return tuple(sorted(found, key=lambda move: move.slot))
+    return tuple(sorted(found))
 
 
 def bytes_RR(moved: Iterable[Move], placement: Placement, slot_bytes: int) -> Tensor:

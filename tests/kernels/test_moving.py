@@ -5,15 +5,7 @@ import random
 import pytest
 import torch
 
-from epmoe.formats import SlotTensor
 from epmoe.kernels.moving import SUM, Crc, SlotBytes
-
-DECLARED = (
-    SlotTensor("alpha", (), torch.float32),
-    SlotTensor("scale", (5,), torch.uint8),
-    SlotTensor("w1", (6, 7), torch.bfloat16),
-    SlotTensor("w2", (7, 3), torch.float32),
-)
 
 
 def drawn(slots=3, apart=True):
@@ -30,14 +22,14 @@ def drawn(slots=3, apart=True):
 
 
 def whole(weights, slot):
-    parts = [weights[t.name][slot].contiguous().view(-1).view(torch.uint8) for t in DECLARED]
+    parts = [weights[n][slot].contiguous().view(-1).view(torch.uint8) for n in sorted(weights)]
     return torch.cat(parts)
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_any_stretch_is_those_bytes_of_the_string(apart):
     weights, rng = drawn(apart=apart), random.Random(2)
-    slots = SlotBytes(DECLARED, weights)
+    slots = SlotBytes(weights)
     assert slots.nbytes == 4 + 5 + 84 + 84
     for _ in range(500):
         slot, at = rng.randrange(3), rng.randrange(slots.nbytes)
@@ -53,7 +45,7 @@ def test_any_stretch_is_those_bytes_of_the_string(apart):
 def test_pieces_are_the_slots_themselves():
     weights = drawn()
     new = whole(drawn(), 2)
-    slots = SlotBytes(DECLARED, weights)
+    slots = SlotBytes(weights)
     others = [whole(weights, slot).clone() for slot in (1, 2)]
     for at, piece in slots.pieces(0, 0, slots.nbytes):
         piece.copy_(new[at : at + piece.numel()].view(piece.shape))
@@ -62,9 +54,9 @@ def test_pieces_are_the_slots_themselves():
 
 
 def test_a_contiguous_tensor_is_one_piece_and_rows_that_lie_apart_go_together():
-    assert len(list(SlotBytes(DECLARED, drawn(apart=False)).pieces(0, 0, 177))) == 4
-    assert len(list(SlotBytes(DECLARED, drawn()).pieces(0, 0, 177))) == 4
-    pieces = list(SlotBytes(DECLARED, drawn()).pieces(0, 9 + 3, 60))  # w1 has rows of 14 bytes
+    assert len(list(SlotBytes(drawn(apart=False)).pieces(0, 0, 177))) == 4
+    assert len(list(SlotBytes(drawn()).pieces(0, 0, 177))) == 4
+    pieces = list(SlotBytes(drawn()).pieces(0, 9 + 3, 60))  # w1 has rows of 14 bytes
     assert [tuple(piece.shape) for _, piece in pieces] == [(11,), (3, 14), (7,)]
 
 
