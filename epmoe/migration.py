@@ -9,7 +9,7 @@ until then the old slots are untouched, so a migration that fails leaves the old
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,16 +25,16 @@ from epmoe.sched.steps import steps
 class Migration:
     """One layer on its way from one placement to another, as rank ``rank`` sees it.
 
-    ``weights`` are all tensors that a slot has, so whatever a format adds travels too.  No round
-    copies more than ``budget`` bytes into or out of this rank, nor a switch, unless experts without
-    a second slot change places in a ring.  ``most`` is what one round can carry.
+    ``slots`` are this rank's.  No round copies more than ``budget`` bytes into or out of this rank,
+    nor a switch, unless experts without a second slot change places in a ring.  ``most`` is what
+    one round can carry.
     """
 
     def __init__(
         self,
         old: Placement,
         new: Placement,
-        weights: Mapping[str, Tensor],
+        slots: SlotBytes,
         carrier: Carrier,
         *,
         rank: int,
@@ -49,25 +49,24 @@ class Migration:
         """
         self.new, self._rank, self._carrier = new, rank, carrier
         self._per_rank, self._first = old.slots_per_rank, rank * old.slots_per_rank
-        self._slots = SlotBytes(weights)
-        moved = moves(old, new)
-        # Where a slot's checksum follows its bytes; ``total`` is what travels.
-        self._sum_at = -(-self._slots.nbytes // PIECE) * PIECE
-        total = self._sum_at + SUM if verify and self._slots.nbytes else self._slots.nbytes
+        self._slots, moved = slots, moves(old, new)
+        # Where a slot's checksum follows its bytes; what travels of a slot.
+        self._sum_at = -(-slots.nbytes // PIECE) * PIECE
+        self._total = self._sum_at + SUM if verify and slots.nbytes else slots.nbytes
         self._mine = {move.slot: move for move in moved if self._is_mine(move.slot)}
         self._sums: dict[int, Checksum] | None = None
         if verify:  # of the slots that I send or get, by where they go
             far = (m for m in moved if self._is_mine(m.slot) != self._is_mine(m.source))
             self._sums = {m.slot: carrier.checksum() for m in far}
-        self._rounds = schedule(moved, old, total, most if budget is None else budget)
+        self._rounds = schedule(moved, old, self._total, most if budget is None else budget)
         self._now = next(self._rounds, None)  # the parcels of the next round
         # Rounds without parcels that follow: one to land in, one to compare checksums in.
         self._empty = 0 if self._now is None else 1 + verify
-        at_once = max(1, old.slots if budget is None else budget // max(1, total))
+        at_once = max(1, old.slots if budget is None else budget // max(1, self._total))
         self._steps = iter(steps(old, new, at_once))
         self._next: Placement | None = next(self._steps)
         self._in_force, self._settled, self._sure = old, settled, False
-        self._total, self._shadows = total, dict[int, Tensor]()
+        self._shadows: dict[int, Tensor] = {}
         self._laid_out = False
 
     @property

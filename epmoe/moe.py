@@ -100,6 +100,7 @@ class MoE:
         self._shared.update({n: t for n, t in tensors.items() if n in names})
         for rounds in self._rounds:
             rounds.adopt()
+        self._placing.adopt()
 
     def __call__(
         self,

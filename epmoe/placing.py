@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from epmoe.accept import check_placement
 from epmoe.config import MoEConfig
 from epmoe.errors import ConfigMismatch, EpmoeError
 from epmoe.formats import DTYPE
-from epmoe.kernels.moving import Carrier
+from epmoe.kernels.moving import Carrier, SlotBytes
 from epmoe.kernels.ops import VERBS
 from epmoe.migration import Migration
 from epmoe.rounds import Rounds
@@ -33,6 +34,11 @@ class Placing:
         self.placement = Placement.linear(experts, places, runtime.group.size)
         self.epoch = 0  # how often the placement has changed
         self.migration: Migration | None = None
+        self._slots: SlotBytes | None = None  # made when experts move for the first time
+
+    def adopt(self) -> None:
+        """The weights are other tensors now."""
+        self._slots = None
 
     def place(self, placement: Placement, budget: int | None, verify: bool) -> None:
         """See ``MoE.place``."""
@@ -58,12 +64,12 @@ class Placing:
 
     def move_all(self) -> None:
         """Rounds without rows until everything has arrived; then the switch."""
-        x, ids, weights = nothing(self._config, self._runtime.device)
+        x, slots, weights = self._nothing
         rows = self._config.max_rows
         with self._runtime.turn(0) as turn:
             while self.migration is not None and not self.migration.arrived:
                 head = (self._layer, VERBS.index("place"), rows, 0, 1, 0, self.epoch, 0)
-                self._rounds[0].run(turn, x, ids.int(), weights, head, self.migration)
+                self._rounds[0].run(turn, x, slots, weights, head, self.migration)
             self.switch()
 
     def switch(self) -> None:
@@ -88,11 +94,18 @@ class Placing:
                 "moving experts: a capture would repeat the copies of one round for ever"
             )
 
+    @cached_property
+    def _nothing(self) -> tuple[Tensor, Tensor, Tensor]:
+        x, ids, weights = nothing(self._config, self._runtime.device)
+        return x, ids.int(), weights
+
     def _towards(self, placement: Placement, budget: int | None, verify: bool) -> Migration:
+        if self._slots is None:
+            self._slots = SlotBytes(self._weights)
         return Migration(
             self.placement,
             placement,
-            self._weights,
+            self._slots,
             self._carrier(),
             rank=self._runtime.group.rank,
             most=self._config.freight // 2,

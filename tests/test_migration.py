@@ -120,6 +120,18 @@ def test_layers_of_one_heap_move_at_the_same_time(rank, group):
                     assert torch.equal(moe._weights[name], slots), name
 
 
+@ranks(2)
+def test_tensors_that_were_loaded_between_two_moves_are_those_that_move(rank, group):
+    rng = random.Random(6)
+    with MoE.open(EXACT, group) as moe:
+        for seed in (1, 2):
+            weights = integer_weights(EXACT, seed)
+            moe.load(**held(weights, moe.placement, rank))
+            moe.place(shuffled(rng, EXACT, group.size))
+            for name, slots in held(weights, moe.placement, rank).items():
+                assert torch.equal(moe._weights[name], slots), name
+
+
 @ranks(4)
 def test_all_ranks_count_the_same_loads(rank, group):
     config = EXACT

@@ -226,7 +226,7 @@ class Sums:
 
 
 class SlotBytes:
-    """The bytes of a slot as one string: its tensors by name, wherever they lie.
+    """The bytes of a slot as one string: all its tensors by name, wherever they lie.
 
     Two tensors of 40 and 24 bytes: bytes 32..48 of the string are the last 8 of the first tensor
     and the first 8 of the second.
@@ -249,16 +249,15 @@ class SlotBytes:
         """
         end = min(at + length, self.nbytes)
         for start, slots in self._parts:
-            runs = slots[slot]
-            low, high = max(at, start) - start, min(end, start + runs.numel()) - start
-            width = runs.shape[1]
+            _, runs, width = slots.shape
+            low, high = max(at - start, 0), min(end - start, runs * width)
             while low < high:
                 run, inside = divmod(low, width)
                 whole = (high - low) // width
                 if inside or not whole:
                     stop = min(width, inside + high - low)
-                    piece = runs[run, inside:stop]
+                    piece = slots[slot, run, inside:stop]
                 else:
-                    piece = runs[run] if len(runs) == 1 else runs[run : run + whole]
+                    piece = slots[slot, 0] if runs == 1 else slots[slot, run : run + whole]
                 yield start + low, piece
                 low += piece.numel()

@@ -14,7 +14,9 @@ import statistics
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from bodies import MARK, SMALL, batches, drawn, error, met, oracle
@@ -23,6 +25,7 @@ from epmoe import EpmoeError, Group, MoE, MoEConfig, PeerLost, Placement, local
 from epmoe.kernels import moving
 from epmoe.kernels.choose import Chooser
 from epmoe.kernels.gemm import interleave
+from epmoe.migration import Migration
 from epmoe.sched.placement import choose_slots
 
 CONFIG = replace(SMALL, slots=24, heap="cuda", freight=1 << 20)
@@ -272,6 +275,54 @@ def speed(group):
     return found
 
 
+def parts(group):
+    """Microseconds from the call of place() to moments inside it, on the host's clock: medians."""
+    with MoE.open(big(16 * group.size, 256 * MIB), group) as moe, ExitStack() as patches:
+        filled(moe)
+        marks = {}
+        for owner, name in (
+            (Migration, "__init__"),
+            (Migration, "load"),
+            (moving.CudaCarrier, "shadows"),
+            (type(group), "allgather"),
+            (type(moe._rounds[0]), "run"),
+            (Migration, "switch"),
+            (type(moe._rounds[0]), "settled"),
+            (type(moe._rounds[0]), "place"),
+        ):
+            patches.enter_context(patch.object(owner, name, noted(owner, name, marks)))
+        found = {}
+        for turn in range(9):
+            wanted = swapped(moe.placement, 8)
+            met(group)
+            torch.cuda.synchronize()
+            marks.clear()
+            started = time.perf_counter()
+            moe.place(wanted)
+            marks["returned"] = time.perf_counter()
+            torch.cuda.synchronize()
+            marks["over"] = time.perf_counter()
+            for moment, at in marks.items() if turn else ():
+                found.setdefault(moment, []).append(1e6 * (at - started))
+        moe.check()
+        met(group)
+    return {moment: round(statistics.median(times)) for moment, times in found.items()}
+
+
+def noted(owner, name, marks):
+    """The method, noting when it first begins, and when it first and last ends."""
+    call = getattr(owner, name)
+
+    def method(*args, **kwargs):
+        marks.setdefault(f"{name} begins", time.perf_counter())
+        result = call(*args, **kwargs)
+        marks.setdefault(f"{name} ends", time.perf_counter())
+        marks[f"last {name} ends"] = time.perf_counter()
+        return result
+
+    return method
+
+
 def copy(group):
     """What the copy engine does by itself: 64 MiB from the next rank, over and over."""
     with MoE.open(big(8 * group.size, 256 * MIB), group) as moe:
@@ -343,7 +394,7 @@ def rounds_ms(group, moe, mine, most, budget):
     return [marks[i].elapsed_time(marks[i + 1]) for i in range(count)]
 
 
-BODIES = (choice, exact, several, damaged, killed, copy, speed, beside)
+BODIES = (choice, exact, several, damaged, killed, copy, parts, speed, beside)
 
 
 def main(names):
