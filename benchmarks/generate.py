@@ -14,6 +14,8 @@ beside transformers' eager experts.  Times are medians, on N ranks of the slowes
   generate  ``model.generate``, greedy, a growing cache: (all tokens - the first) / time of these
   graph     one decode step with a static cache, captured in a CUDA graph, replayed
   experts   all layers of experts alone, captured, by layer; "host" is what a call costs in Python
+``generate`` of transformers changes grouped_mm to batched_mm after the prefill; "grouped" generate
+does not, and "batched" graph and experts are what it changes to.
 """
 
 from __future__ import annotations
@@ -32,51 +34,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from generate_times import Bench, brief, empty, experts_alone, measured, plain
-from transformers import DistributedConfig, DynamicCache, Qwen3MoeForCausalLM
+from generate_model import config_of, load, whole_model
+from generate_times import (
+    Bench,
+    brief,
+    empty,
+    experts_alone,
+    experts_by,
+    measured,
+    named,
+    plain,
+)
+from transformers import DistributedConfig, DynamicCache
 
 import epmoe.transformers
 from epmoe import Group
 from epmoe.cli.machine import machine
+from epmoe.local import NO_MULTICAST
 
 CHECKED = (2, 96, 8)  # prompts, tokens of each, of which the last few go one by one
-
-
-def config_of(asked: argparse.Namespace) -> Any:
-    """Qwen3-30B-A3B with fewer layers; ``--tiny`` is for a CPU."""
-    width = (
-        {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16, "vocab_size": 512}
-        | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
-        if asked.tiny
-        else {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}
-        | {"vocab_size": 151936, "num_attention_heads": 32, "num_key_value_heads": 4}
-        | {"head_dim": 128}
-    )
-    return transformers.Qwen3MoeConfig(
-        num_hidden_layers=asked.layers,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        intermediate_size=6144,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        **width,
-    )
-
-
-def whole_model(bench: Bench) -> Any:
-    """The same random weights on every rank, spread wide enough that routing matters."""
-    torch.manual_seed(0)
-    with bench.device:
-        model = Qwen3MoeForCausalLM._from_config(
-            config_of(bench.asked), dtype=torch.bfloat16, experts_implementation="grouped_mm"
-        )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.eval()
 
 
 @torch.no_grad()
@@ -105,15 +81,19 @@ def apart(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
 def side(bench: Bench, name: str, model: Any, *, shared: bool = False) -> dict[str, Any]:
     """All figures of one way to compute the experts."""
     found: dict[str, Any] = {"batches": {}, "experts": {}}
+    theirs = name != "epmoe"
     for rows in bench.asked.batch:
-        one = found["batches"][rows] = measured(bench, model, rows, shared=shared)
+        one = found["batches"][rows] = measured(bench, model, rows, theirs=theirs, shared=shared)
         bench.say(f"{name}, {rows} a rank: {brief(one)}")
     if not shared and not bench.asked.profile:
         for rows in sorted({*bench.asked.batch, bench.asked.prompt * max(bench.asked.batch)}):
             found["experts"][rows] = experts_alone(bench, model, rows)
+            if theirs and rows in bench.asked.batch:  # prefills of it take terabytes
+                with experts_by(model, "batched_mm"):
+                    found["experts"][rows] |= named("batched", experts_alone(bench, model, rows))
             bench.say(f"{name}, experts of {rows} rows: {brief(found['experts'][rows])}")
-    if bench.on_gpu:
-        found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if bench.on_gpu and not bench.asked.profile:
+        found["memory_gib"] = max(one["memory_gib"] for one in found["batches"].values())
     return found
 
 
@@ -184,17 +164,6 @@ def run(bench: Bench) -> dict[str, Any]:
     return {"errors": errors, "same_text": same, "opened_s": opened, "sides": sides}
 
 
-def load(bench: Bench, weights: dict[str, torch.Tensor], where: DistributedConfig) -> Any:
-    """A model of this rank's part of ``weights``; other experts than eager are grouped_mm."""
-    return Qwen3MoeForCausalLM.from_pretrained(
-        None,
-        config=config_of(bench.asked),
-        state_dict=weights,
-        dtype=torch.bfloat16,
-        distributed_config=where,
-    ).eval()
-
-
 def main() -> None:
     """Run, print, write."""
     line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -218,6 +187,7 @@ def main() -> None:
         if group.size > 1:
             folder = group.allgather(own.encode(), what="where to meet", limit_s=300)[0].decode()
             os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
+            os.environ.update(NO_MULTICAST)
             dist.init_process_group(
                 "nccl" if bench.on_gpu else "gloo",
                 store=dist.FileStore(f"{folder}/store", group.size),

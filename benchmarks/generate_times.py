@@ -7,7 +7,8 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,9 +74,38 @@ def plain(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@contextmanager
+def experts_by(model: Any, how: str) -> Iterator[None]:
+    """Experts computed by another implementation of transformers."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(how)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """``generate`` decodes with the experts it prefills with, not with batched_mm."""
+    model._optimize_model_for_decode = nullcontext
+    try:
+        yield
+    finally:
+        del model._optimize_model_for_decode
+
+
+def named(prefix: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Figures of another way to the same."""
+    return {f"{prefix}_{name}": value for name, value in found.items()}
+
+
 @torch.no_grad()
-def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> dict[str, Any]:
-    """Prefill, generate and a captured decode step of one batch of ``rows`` prompts a rank."""
+def measured(
+    bench: Bench, model: Any, rows: int, *, theirs: bool, shared: bool = False
+) -> dict[str, Any]:
+    """Prefill, generate and a captured decode step of one batch of ``rows`` prompts a rank;
+    ``theirs``: the last two by transformers' two implementations."""
     asked, ids = bench.asked, bench.prompts(rows, bench.asked.prompt, shared=shared)
     sequences = rows * bench.group.size
     cache = StaticCache(config=model.config, max_cache_len=asked.prompt + asked.new + 4)
@@ -89,7 +119,9 @@ def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> di
             "text": [[0]],
             "kernels_us": kernels_of(decode_step(bench, model, cache, prefill)[1]),
         }
-    prefill_s = bench.seconds(prefill, 5)
+    found: dict[str, Any] = {
+        "prefill_tokens_s": sequences * asked.prompt / bench.seconds(prefill, 5)
+    }
     texts: list[torch.Tensor] = []
 
     def generate(new: int) -> None:
@@ -103,23 +135,33 @@ def measured(bench: Bench, model: Any, rows: int, *, shared: bool = False) -> di
             )
         ]
 
-    first_s = bench.seconds(lambda: generate(1), 5)
-    all_s = bench.seconds(lambda: generate(asked.new), 5)
-    found: dict[str, Any] = {
-        "prefill_tokens_s": sequences * asked.prompt / prefill_s,
-        "generate_decode_tokens_s": sequences * (asked.new - 1) / (all_s - first_s),
-        "generate_tokens_s": sequences * asked.new / all_s,
-        "text": texts[0][:, asked.prompt :].tolist(),
-    }
-    if bench.on_gpu:
+    def generated() -> dict[str, float]:
+        first_s = bench.seconds(lambda: generate(1), 5)
+        all_s = bench.seconds(lambda: generate(asked.new), 5)
+        return {
+            "generate_decode_tokens_s": sequences * (asked.new - 1) / (all_s - first_s),
+            "generate_tokens_s": sequences * asked.new / all_s,
+        }
+
+    def replayed(how: str | None = None) -> dict[str, Any]:
         try:
-            replays, _ = decode_step(bench, model, cache, prefill)
+            replays, _ = decode_step(bench, model, cache, prefill, how)
         except RuntimeError as error:  # torch's word for a step that cannot be captured
             if not shared:
                 raise
-            return found | {"graph": f"not captured: {error}".split("\n")[0]}
+            return {"graph": f"not captured: {error}".split("\n")[0]}
         step_s = bench.seconds(replays, 5) / (asked.new - 1)
-        found |= {"graph_decode_tokens_s": sequences / step_s, "graph_step_us": step_s * 1e6}
+        return {"graph_decode_tokens_s": sequences / step_s, "graph_step_us": step_s * 1e6}
+
+    found |= generated() | {"text": texts[0][:, asked.prompt :].tolist()}
+    if bench.on_gpu:
+        found |= replayed() | {"memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if theirs:
+        with unchanged(model):
+            found |= named("grouped", generated())
+        if bench.on_gpu:
+            found |= named("batched", replayed("batched_mm"))
+            torch.cuda.reset_peak_memory_stats()
     return found
 
 
@@ -135,9 +177,14 @@ def kernels_of(call: Callable[[], object]) -> dict[str, float]:
 
 
 def decode_step(
-    bench: Bench, model: Any, cache: StaticCache, prefill: Callable[[], torch.Tensor]
+    bench: Bench,
+    model: Any,
+    cache: StaticCache,
+    prefill: Callable[[], torch.Tensor],
+    how: str | None = None,
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """``new - 1`` replays of a captured step that feeds itself; and one."""
+    """``new - 1`` replays of a captured step that feeds itself; and one.  ``how``: its experts,
+    if by another implementation than those of the prefill."""
     asked, ids = bench.asked, prefill().argmax(-1, keepdim=True)
     length = asked.prompt + asked.new + 4
     position = torch.full((1, 1), asked.prompt, device=bench.device)
@@ -149,7 +196,8 @@ def decode_step(
         ids.copy_(plain(out.logits)[:, -1].argmax(-1, keepdim=True))
         position.add_(1)
 
-    replay = bench.captured(step)
+    with experts_by(model, how) if how else nullcontext():
+        replay = bench.captured(step)
 
     def replays() -> None:
         position.fill_(asked.prompt)
