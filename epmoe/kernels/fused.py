@@ -18,14 +18,17 @@ from epmoe.kernels.gemm import THREADS, processors_of, tensor_map
 from epmoe.kernels.launch import CompiledKernel, Launch
 from epmoe.kernels.ops import HEAD_FIELDS
 from epmoe.kernels.sizes import (
+    MANY,
     SHARED_POOLS,
-    few_rows,
+    Cut,
+    cut_of,
+    cuts,
     lag,
     most_blocks,
     movers,
+    parts,
     refusal,
     ring_blocks,
-    talls,
     work_memory,
 )
 
@@ -58,20 +61,20 @@ class FusedOps:
         pools: MutableMapping[object, Tensor] | None = None,
         counted: bool = True,
         communicators: int | None = None,
-        tall: int | None = None,
+        cut: Cut | None = None,
         trace: bool = False,
     ) -> None:
         """``pools``: layers that run one after the other on a lane share their rows by it.
 
         ``counted``: tiles by a counter that all CTAs share, else by a fixed stride.
-        ``communicators``: CTAs that move rows; None: what ``movers`` says.
-        ``tall``: as in ``grouped_gemm``, for every round; None: what ``few_rows`` says of each.
+        ``communicators``: CTAs that pull rows; None: what ``movers`` says.
+        ``cut``: of every round; None: what ``cut_of`` says of each.
         ``trace``: note what each role does when, in ``notes`` (cu/trace.cuh).
         """
         if (refused := refusal(config)) is not None:
             raise refused
         self.config, self._words = config, words
-        self._talls = talls(config, words.ranks) if tall is None else (tall,)
+        self._cuts = cuts(config, words.ranks) if cut is None else (cut,)
         self.grid = processors_of(torch.cuda.current_device()) // 2 * 2
         pools = {} if pools is None else pools
 
@@ -82,13 +85,13 @@ class FusedOps:
                 pools[name, shape] = torch.zeros(shape, dtype=dtype, device="cuda")
             return pools[name, shape]
 
-        memory = work_memory(config, words.ranks, self.grid, communicators, self._talls)
+        memory = work_memory(config, words.ranks, self.grid, communicators, self._cuts)
         self._kept = {name: cuda(name, *kind) for name, kind in memory.items()}
         self.loads, self._numbers = self._kept["loads"], self._kept["numbers"]
         noted = self.grid * ROLES * NOTES * NOTE if trace else 0
         self.notes = torch.zeros(noted, dtype=torch.uint8, device="cuda")
         self._kernels = {
-            tall: compiled(
+            one: compiled(
                 config,
                 words.ranks,
                 placed,
@@ -97,14 +100,14 @@ class FusedOps:
                 counted=counted,
                 communicators=communicators,
                 grid=self.grid,
-                tall=tall,
-                among=self._talls,
+                cut=one,
+                among=self._cuts,
                 trace=trace,
             )
-            for tall in self._talls
+            for one in self._cuts
         }
         self._weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-        self._launches: dict[int, Launch] = {}
+        self._launches: dict[Cut, Launch] = {}
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """The slots' weights, as ``laid_out``; before the first round and any capture."""
@@ -112,19 +115,21 @@ class FusedOps:
         w1, w2 = kept["w" + up], kept["w2"]
         self._weights = (w1, w2, kept.get("b" + up), kept.get("b2"))
         pools = [self._kept[name] for name in SHARED_POOLS]
-        own = [self._kept[name] for name in ("progress", "scratch", "numbers")]
+        own = [self._kept[name] for name in ("progress", "parts", "scratch", "numbers")]
         addresses = [t.data_ptr() for t in (self.loads, *pools, *own, self.notes, w1)]
         private = struct.pack("<12Q", *addresses, w1.nbytes)
-        rows, mid, results = (self._kept[n].unsqueeze(0) for n in ("rows", "mid", "results"))
-        for tall, kernel in self._kernels.items():
+        rows, mid = (self._kept[n].unsqueeze(0) for n in ("rows", "mid"))
+        for cut, kernel in self._kernels.items():
             boxes: tuple[tuple[Tensor, int], ...]
-            if tall:
-                boxes = ((rows, 8), (rows, 32), (w1, tall), (mid, 8), (mid, 32), (w2, tall))
+            if cut.tall:
+                wide = cut.columns
+                boxes = ((rows, 8), (rows, 32), (w1, wide), (mid, 8), (mid, 32), (w2, wide))
             else:
-                boxes = ((rows, 64), (w1, 128), (mid, 64), (w2, 128), (results, 64))
+                half = cut.columns // 2  # the CTAs of a cluster may load one each
+                boxes = ((rows, 64), (w1, half), (mid, 64), (w2, half))
             maps = b"".join(tensor_map(tensor, box) for tensor, box in boxes)
             given = [maps, self._words.world(), private, bytes(CALL.size)]
-            self._launches[tall] = Launch(
+            self._launches[cut] = Launch(
                 kernel, (self.grid,), THREADS, given, cluster=2, shared=SHARED
             )
 
@@ -158,10 +163,10 @@ class FusedOps:
             min(self.config.clamp, math.inf),
             *head,
         )
-        tall = self._talls[0]
-        if len(self._talls) > 1:
-            tall = few_rows(self.config, self._words.ranks, head[CAPACITY])
-        self._launches[tall].enqueue(raw_stream(), call)
+        cut = self._cuts[0]
+        if len(self._cuts) > 1:
+            cut = cut_of(self.config, self._words.ranks, head[CAPACITY])
+        self._launches[cut].enqueue(raw_stream(), call)
 
     def bad(self) -> int:
         """Choices so far that named no slot; waits for the GPU."""
@@ -178,13 +183,13 @@ def compiled(
     counted: bool = True,
     communicators: int | None = None,
     grid: int = 132,
-    tall: int = 0,
-    among: Iterable[int] | None = None,
+    cut: Cut = MANY,
+    among: Iterable[Cut] | None = None,
     trace: bool = False,
 ) -> CompiledKernel:
     """The kernel for this layer's shapes and offsets; needs no GPU."""
-    at, communicators = placed.lanes[lane][layer], communicators or movers(config)
-    ring = ring_blocks(config, ranks, grid, communicators, among or talls(config, ranks))
+    ring = ring_blocks(config, ranks, grid, communicators, among or cuts(config, ranks))
+    at, communicators = placed.lanes[lane][layer], communicators or movers(config, cut)
     defines: dict[str, int | str] = {
         "RANKS": ranks,
         "LOCAL": config.slots_per_rank(ranks),
@@ -199,10 +204,12 @@ def compiled(
         "COUNTED": int(counted),
         "TRACE": int(trace),
         "COMM": communicators,
-        "LAG": lag(grid, communicators, tall),
-        "TALL": tall,
+        "LAG": lag(grid, communicators, cut),
+        "TALL": cut.columns if cut.tall else 0,
+        "WIDE": cut.columns if not cut.tall else MANY.columns,
         "BLOCKS": f"{most_blocks(config, ranks)}u",
         "RING": f"{ring}u",
+        "PARTS": f"{parts(grid, ranks)}u",
     }
     for name in ("words", "heads", "counts", "lists", "weights", "rows", "results"):
         defines[f"{name.upper()}_AT"] = f"{at[name].at}ull"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -13,8 +14,21 @@ from epmoe.kernels.gemm import BLOCK
 
 LAG = 2  # FC2 of a block comes this many times all clusters' tiles behind its FC1
 GROUP = 16  # cu/tiles.cuh
-TALL = 128  # weight rows of a tile where slots have few rows
-SHARED_POOLS = ("origin", "scale", "rows", "mid", "results")
+SHARED_POOLS = ("homes", "scale", "rows", "mid")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The tiles of one kernel: ``columns`` weight rows by 128 rows of the pool, or by at most 64.
+
+    ``tall``: the weights are the side of the matrix instruction that is 64 rows tall.
+    """
+
+    columns: int
+    tall: bool = False
+
+
+FEW, SOME, MANY = Cut(128, tall=True), Cut(128), Cut(256)  # as slots have few, some or many rows
 
 
 def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
@@ -31,27 +45,38 @@ def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
     return None
 
 
-def few_rows(config: MoEConfig, ranks: int, capacity: int) -> int:
-    """128 if a slot expects so few rows that streaming weights is all that counts, else 0.
+def cut_of(config: MoEConfig, ranks: int, capacity: int) -> Cut:
+    """How a round of at most ``capacity`` rows a rank is cut; from rank-identical numbers only.
 
-    From rank-identical numbers only.  Inside a round 128 beats 64: dsv3 at 32 rows a slot took 795
-    microseconds against 858; at 64 rows a slot qwen3-30b takes 86 and 88 with 128 and 0, qwen3-235b
-    230 and 206.
+    FEW where a slot expects so few rows that streaming weights is all that counts.  SOME where MANY
+    has so few tiles that SMs would stand idle.  Two GPUs with the load of 8, FEW / SOME / MANY,
+    microseconds: dsv3 at 32 rows a slot 718 / 738 / -, qwen3-30b at 8: 75 / 80 / -, at 64: 93 / 88 /
+    95, at 256: - / 147 / 134; qwen3-235b at 64: 225 / 204 / 210.
     """
-    return TALL if capacity * config.choices * ranks <= 32 * config.places else 0
+    rows = capacity * config.choices * ranks
+    if rows <= 32 * config.places:
+        return FEW
+    blocks = config.slots_per_rank(ranks) * -(-rows // (BLOCK * config.places))
+    return SOME if blocks * -(-config.hidden // MANY.columns) <= 64 else MANY
 
 
-def talls(config: MoEConfig, ranks: int) -> tuple[int, ...]:
-    """What ``few_rows`` may say of the rounds of a layer."""
-    return (TALL,) if few_rows(config, ranks, config.max_rows) else (0, TALL)
+def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
+    """What ``cut_of`` may say of the rounds of a layer: it grows with the capacity."""
+    more = 32 * config.places // (config.choices * ranks) + 1  # rows, too many for FEW
+    capacities = (1, min(more, config.max_rows), config.max_rows)
+    return tuple(dict.fromkeys(cut_of(config, ranks, c) for c in capacities))
 
 
-def movers(config: MoEConfig) -> int:
-    """CTAs that move rows, whole clusters of 2: 8 to 16 saturate the link (measured).
+def movers(config: MoEConfig, cut: Cut) -> int:
+    """CTAs that pull rows before they multiply, whole clusters of 2.
 
-    The smaller the experts, the more bytes move for each product: on 2 GPUs 2,048 rows of
-    qwen3-30b took 556 microseconds with 8 and 376 with 16; dsv3 2,434 with 8 and 2,468 with 16.
+    The smaller the experts, the more bytes move for each product; and where rows are few, nobody
+    can multiply before they are there.  One GPU with the load of 8, 8 / 16 / 32 of them, in
+    microseconds: dsv3 2,048 rows 2,283 / 2,320 / -; qwen3-30b 2,048: 344 / 318 / 335, 128 (SOME):
+    - / 81 / 78.
     """
+    if cut != MANY:
+        return 32
     return 8 if config.inner >= 2048 else 16
 
 
@@ -67,7 +92,7 @@ def most_blocks(config: MoEConfig, ranks: int) -> int:
 
 
 def ring_blocks(
-    config: MoEConfig, ranks: int, grid: int, communicators: int, among: Iterable[int]
+    config: MoEConfig, ranks: int, grid: int, communicators: int | None, among: Iterable[Cut]
 ) -> int:
     """Blocks that have memory at a time, whichever kernel of ``among`` runs.
 
@@ -75,11 +100,14 @@ def ring_blocks(
     of FC2, and every row of a batch may lie in a block of its own; and some to ``spare``.
     """
     columns = config.inner * (2 if config.gated else 1)
-    ahead = max(
-        -(-lag(grid, communicators, tall) // max(1, -(-columns // (tall or 512)))) for tall in among
-    )
+
+    def ahead(cut: Cut) -> int:
+        tiles_of_block = -(-columns // (cut.columns * (1 if cut.tall else 2)))
+        return -(-lag(grid, communicators or movers(config, cut), cut) // tiles_of_block)
+
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
-    return min(most_blocks(config, ranks), ahead + 2 * GROUP + batch + spare(config, ranks))
+    most = max(ahead(cut) for cut in among) + 2 * GROUP + batch + spare(config, ranks)
+    return min(most_blocks(config, ranks), most)
 
 
 def spare(config: MoEConfig, ranks: int) -> int:
@@ -87,9 +115,14 @@ def spare(config: MoEConfig, ranks: int) -> int:
     return max(16, most_blocks(config, ranks) // 16)
 
 
-def lag(grid: int, communicators: int, tall: int) -> int:
-    """How many cluster tiles of FC1 lie between a tile of FC1 and the FC2 that needs it."""
-    return LAG * (grid - communicators) // (1 if tall else 2)
+def lag(grid: int, communicators: int, cut: Cut) -> int:
+    """How many tiles of FC1 (pairs, where CTAs work in pairs) lie between it and its FC2."""
+    return LAG * (grid - communicators) // (1 if cut.tall else 2)
+
+
+def parts(grid: int, ranks: int) -> int:
+    """CTAs that tell one peer what this rank asks of it: each knows a part of the rows."""
+    return max(1, min(16, grid // ranks))
 
 
 def work_memory(
@@ -97,22 +130,22 @@ def work_memory(
     ranks: int,
     grid: int = 132,
     communicators: int | None = None,
-    among: Iterable[int] | None = None,
+    among: Iterable[Cut] | None = None,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of what a rank keeps beside its slab; no GPU needed.
 
     Those of SHARED_POOLS are the same memory for all layers of a lane that agree on them.
     """
-    communicators, among = communicators or movers(config), among or talls(config, ranks)
+    among = among or cuts(config, ranks)
     ring = BLOCK * ring_blocks(config, ranks, grid, communicators, among)
     return {
-        "origin": ((ring,), torch.int64),
+        "homes": ((ring,), torch.int64),
         "scale": ((ring,), torch.float32),
         "rows": ((ring, config.hidden), torch.bfloat16),
         "mid": ((ring, config.inner), torch.bfloat16),
-        "results": ((ring, config.hidden), torch.bfloat16),
         "loads": ((config.places,), torch.int64),
-        "progress": ((2, 4, most_blocks(config, ranks)), torch.int32),
+        "progress": ((2, 3, most_blocks(config, ranks)), torch.int32),
+        "parts": ((parts(grid, ranks), config.places), torch.int32),
         "scratch": ((grid, 4 * config.slots_per_rank(ranks) + 4), torch.int32),
         "numbers": ((8,), torch.int32),  # cu/exchange.cuh Counter
     }

@@ -101,7 +101,7 @@ def check(group, name, config, rounds, **how):
 def build(config, ranks, how):
     """Fill the file cache with what a check needs."""
     placed = layout([config], ranks)
-    compiled(config, ranks, placed, 0, 0, among=(how["tall"],), **how)
+    compiled(config, ranks, placed, 0, 0, among=(how["cut"],), **how)
     split_kernels(config, ranks, placed, 0, 0)
 
 
@@ -161,7 +161,8 @@ def main():
     ranks = asked.ranks or gpus()
     if asked.tight:
         sizes.spare = lambda config, ranks: 0
-    ways = [{"tall": tall, "counted": counted} for tall in (0, 128) for counted in (False, True)]
+    all_cuts = (sizes.FEW, sizes.SOME, sizes.MANY)
+    ways = [{"cut": cut, "counted": counted} for cut in all_cuts for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:
         jobs = [pool.submit(build, c, ranks, how) for c in todo.values() for how in ways]

@@ -22,6 +22,7 @@ from epmoe import MoEConfig
 from epmoe.comm.layout import layout
 from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.fused import FusedOps
+from epmoe.kernels.sizes import FEW, MANY, SOME, cut_of
 
 HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
 
@@ -140,10 +141,10 @@ def times(name, hidden, inner, experts, choices, rows):
     words, split, fused, laid = opened(config)
     placed, others = (
         layout([config], 1),
-        {"other order": {"counted": rows * choices <= 32 * experts}, "16": {"communicators": 16}},
+        {"other order": {"counted": cut_of(config, 1, rows) == FEW}, "16": {"communicators": 16}},
     )
     if rows * choices <= 64 * experts:
-        others["wide"] = {"tall": 0}
+        others["many"] = {"cut": MANY}
     made = {
         name: FusedOps(config, placed, layer=0, lane=0, words=words, **how)
         for name, how in others.items()
@@ -185,19 +186,19 @@ def main():
     }
     if asked.tiny:
         few = MoEConfig(experts=4, choices=2, hidden=128, inner=64, max_rows=150, heap="cuda")
-        sys.exit(not all(check(few, 2, tall=tall, limit_s=300.0) for tall in (0, 64)))
+        sys.exit(not all(check(few, 2, cut=cut, limit_s=300.0) for cut in (FEW, MANY)))
     found: list[dict] = []
     good = True
-    for tall in (0, 64, 128) if not asked.quick else (0, 128):
-        good = good and check(MoEConfig(**small), 8, tall=tall, counted=False)
-        good = good and check(MoEConfig(**small), 8, tall=tall)
+    for cut in (FEW, SOME, MANY):
+        good = good and check(MoEConfig(**small), 8, cut=cut, counted=False)
+        good = good and check(MoEConfig(**small), 8, cut=cut)
         if asked.quick:
             continue
         for act in ("gelu", "gpt_oss"):
             config = MoEConfig(**small, activation=act, bias=True, weight_in="fc2")
-            good = good and check(config, 4, tall=tall)
-        good = good and check(MoEConfig(**wide), 4, tall=tall, communicators=16)
-        good = good and check(MoEConfig(**wide), 4, tall=tall, communicators=2, counted=False)
+            good = good and check(config, 4, cut=cut)
+        good = good and check(MoEConfig(**wide), 4, cut=cut, communicators=16)
+        good = good and check(MoEConfig(**wide), 4, cut=cut, communicators=2, counted=False)
     if asked.time and good:
         for rows in (16, 128, 512, 2048):
             found.append(times("dsv3", 7168, 2048, 32, 8, rows))

@@ -29,7 +29,7 @@ from epmoe.cli.contest import gpus
 from epmoe.comm.layout import layout
 from epmoe.kernels.choose import compiled as chooser
 from epmoe.kernels.fused import compiled
-from epmoe.kernels.sizes import talls
+from epmoe.kernels.sizes import cuts
 
 CLOSE = 6e-3  # test_round.py
 LATEST_S = 1.0  # from the kill to a survivor's return
@@ -140,9 +140,9 @@ def turns_of(several, until):
 
 def compile_all(config, ranks):
     """Fill the file cache, so that no process compiles in its turn."""
-    placed, among = layout([config], ranks), talls(config, ranks)
-    for tall in among:
-        compiled(config, ranks, placed, 0, 0, tall=tall, among=among)
+    placed, among = layout([config], ranks), cuts(config, ranks)
+    for cut in among:
+        compiled(config, ranks, placed, 0, 0, cut=cut, among=among)
     chooser(config, torch.int64, 1)
     chooser(config, torch.int32, 1)
 

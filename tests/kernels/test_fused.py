@@ -8,7 +8,16 @@ pytest.importorskip("cuda.core")
 from epmoe import MoEConfig
 from epmoe.comm.layout import layout
 from epmoe.kernels.fused import compiled
-from epmoe.kernels.sizes import few_rows, most_blocks, private_bytes, ring_blocks, talls
+from epmoe.kernels.sizes import (
+    FEW,
+    MANY,
+    SOME,
+    cut_of,
+    cuts,
+    most_blocks,
+    private_bytes,
+    ring_blocks,
+)
 
 SHAPES = {  # experts, choices, hidden, inner
     "dsv3": (256, 8, 7168, 2048),
@@ -30,23 +39,23 @@ def config(shape, **more):
     )
 
 
-@pytest.mark.parametrize("tall", [0, 128])
+@pytest.mark.parametrize("cut", [FEW, SOME, MANY], ids=["few", "some", "many"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_compiles_without_spills(shape, tall):
-    spills_nowhere(shape, tall, ((8, not tall),))
+def test_it_compiles_without_spills(shape, cut):
+    spills_nowhere(shape, cut, ((8, not cut.tall),))
 
 
 @pytest.mark.night
-@pytest.mark.parametrize("tall", [0, 64, 128])
+@pytest.mark.parametrize("cut", [FEW, SOME, MANY], ids=["few", "some", "many"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_compiles_without_spills_in_every_way(shape, tall):
-    spills_nowhere(shape, tall, itertools.product((1, 2, 4, 8), (False, True)))
+def test_it_compiles_without_spills_in_every_way(shape, cut):
+    spills_nowhere(shape, cut, itertools.product((1, 2, 4, 8), (False, True)))
 
 
-def spills_nowhere(shape, tall, ways):
+def spills_nowhere(shape, cut, ways):
     for ranks, counted in ways:
         one = config(shape)
-        kernel = compiled(one, ranks, layout([one], ranks), 0, 0, counted=counted, tall=tall)
+        kernel = compiled(one, ranks, layout([one], ranks), 0, 0, counted=counted, cut=cut)
         assert kernel.resources.spills == 0, (ranks, counted)
         assert "serializ" not in kernel.log
 
@@ -55,20 +64,34 @@ def spills_nowhere(shape, tall, ways):
 def test_other_activations_spill_little(activation):
     """A debt: their epilogues with bias and weight want some registers more than the assembler
     gives around WGMMA; they go to L1 once a tile, outside of the product loop."""
-    for bias, tall in ((False, 0), (True, 0), (True, 128)):
+    for bias, cut in ((False, MANY), (True, MANY), (True, FEW)):
         one = config("qwen3-30b", activation=activation, bias=bias, weight_in="fc2")
-        kernel = compiled(one, 8, layout([one], 8), 0, 0, tall=tall)
+        kernel = compiled(one, 8, layout([one], 8), 0, 0, cut=cut)
         assert kernel.resources.spills <= 176
         assert "serializ" not in kernel.log
 
 
-def test_the_narrow_path_is_for_few_rows_a_slot_on_all_ranks_together():
+def test_how_a_round_is_cut_counts_the_rows_of_all_ranks_together():
     dsv3 = config("dsv3", max_rows=1024)
-    assert few_rows(dsv3, 8, 128) == 128  # 32 rows a slot
-    assert few_rows(dsv3, 8, 129) == 0
-    assert few_rows(dsv3, 1, 1024) == 128
-    assert talls(dsv3, 8) == (0, 128)
-    assert talls(dsv3, 1) == (128,)
+    assert cut_of(dsv3, 8, 128) == FEW  # 32 rows a slot
+    assert cut_of(dsv3, 8, 129) == MANY
+    assert cut_of(dsv3, 1, 1024) == FEW
+    assert cuts(dsv3, 8) == (FEW, MANY)
+    assert cuts(dsv3, 1) == (FEW,)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_cut_that_a_round_may_want_is_made(shape, ranks):
+    for rows in (1, 7, 200, 3000):
+        one = config(shape, max_rows=rows)
+        assert set(cuts(one, ranks)) == {cut_of(one, ranks, c) for c in range(1, rows + 1)}
+
+
+def test_one_slot_with_two_blocks_goes_in_smaller_tiles():
+    mixtral = config("mixtral", max_rows=8192)
+    assert cut_of(mixtral, 8, 128) == SOME  # 32 tiles of 256 columns in the second GEMM
+    assert cuts(mixtral, 8) == (FEW, SOME, MANY)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +111,6 @@ def test_memory_does_not_grow_with_what_routing_could_send(shape, rows, heap, pr
 def test_the_ring_holds_what_must_be_under_way():
     dsv3 = config("dsv3", max_rows=8192)
     # 15.5 blocks of lag, two groups of 16, one row of a batch, a sixteenth to spare
-    assert ring_blocks(dsv3, 8, 132, 8, (0,)) == 16 + 32 + 1 + 4128 // 16
+    assert ring_blocks(dsv3, 8, 132, 8, (MANY,)) == 16 + 32 + 1 + 4128 // 16
     small = config("dsv3", max_rows=1)
-    assert ring_blocks(small, 8, 132, 8, (0,)) == most_blocks(small, 8) == 33
+    assert ring_blocks(small, 8, 132, 8, (MANY,)) == most_blocks(small, 8) == 33

@@ -1,4 +1,4 @@
-// How rows move in a fused round: pulled slot by slot, pushed as their blocks are finished.
+// How rows come in a fused round: pulled slot by slot.  Results go out by themselves (send.cuh).
 //
 // Constants as in exchange.cuh.
 #pragma once
@@ -31,24 +31,23 @@ constexpr u32 CARRY_BARS = CARRIERS * CARRY_BYTES;              // one barrier a
 constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 2 * 32 * 8;
 static_assert(AT_ONCE * PIECES * PIECE <= BATCH_BYTES + 16 * PIECES, "a batch does not fit");
 
-// What one warp pulls and pushes; every lane has its own row of a batch.
+// What one warp pulls; every lane has its own row of a batch.
 //
-// Pull turns: slot by slot, sources in turn, beginning right of me, so that every link is busy and
-// a slot's first block is complete first.  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1)
-// for a slot: rank 1's row is row 0 of the slot, mine are rows 1 and 2.
+// Turns: slot by slot, sources in turn, beginning right of me, so that every link is busy and a
+// slot's first block is complete first.  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1) for a
+// slot: rank 1's row is row 0 of the slot, mine are rows 1 and 2.
 //
-// A batch is a run of turns (of rows to push), so that it needs few blocks of the ring; it is as
-// short as lets all warps have one.
+// A batch is a run of turns, so that it needs few blocks of the ring; it is as short as lets all
+// warps have one.
 struct Carrier {
     const World& world;
     const Private& mine;
     const Tables& t;
     const u32 epoch, round;
-    u32 pull_step, push_step;  // from one batch to the next
-    u32 pull, push;            // this lane's next turn, next row; past all if it has none
-    int pull_slot = 0, push_slot = 0, left_slot = 0;
-    bool pushed = true, broken = false;
-    // Where the next pull goes.
+    u32 step, turn;  // from one batch to the next; this lane's next turn, past all if it has none
+    int slot = 0, left_slot = 0;
+    bool broken = false;
+    // Where the next row goes.
     bool aimed = false;
     u32 row = NOWHERE, source_rank = 0, entry = 0;
     // The job of this lane, if it has one.
@@ -62,37 +61,25 @@ struct Carrier {
     inline Carrier(const World& world, const Private& mine, const Tables& t, u32 epoch, u32 round,
                    u32 index, u32 warps)
         : world(world), mine(mine), t(t), epoch(epoch), round(round) {
-        const auto share = [&](u32 all, u32& step, u32& first) {
-            const u32 width = min(AT_ONCE, max((all + warps - 1) / warps, 1u));
-            const u32 at = lane_index() / PIECES;
-            step = warps * width;
-            first = at < width ? index * width + at : NOWHERE;
-        };
-        share(t.turn[LOCAL], pull_step, pull);
-        share(t.row[LOCAL], push_step, push);
+        const u32 all = t.turn[LOCAL], at = lane_index() / PIECES;
+        const u32 width = min(AT_ONCE, max((all + warps - 1) / warps, 1u));
+        step = warps * width;
+        turn = at < width ? index * width + at : NOWHERE;
     }
 
-    // All lanes: find the next batch.  False if none can go now; with `wait` only when all is done
+    // All lanes: find the next batch.  False if it cannot come now; with `wait` only when all is done
     // or broken.
     inline bool find(bool wait) {
         has = false;
         u64 started = 0;
-        for (u32 turn = 1; !broken; ++turn) {
-            const bool pulls = __any_sync(~0u, pull < (u32)t.turn[LOCAL]);
-            const bool pushes = __any_sync(~0u, push < (u32)t.row[LOCAL]);
-            if (!pulls && !pushes) return false;
-            if (pulls) aim();
-            const bool fits = pulls && room();
-            if (pushes && !(fits && pushed) && whole()) {
-                find_push();
-                return true;
-            }
-            if (fits) {
-                find_pull();
+        for (u32 look = 1; !broken && __any_sync(~0u, turn < (u32)t.turn[LOCAL]); ++look) {
+            aim();
+            if (room()) {
+                take();
                 return !broken;
             }
             if (!wait) return false;
-            if (turn % 64 == 0) broken = __any_sync(~0u, too_long(started));
+            if (look % 64 == 0) broken = __any_sync(~0u, too_long(started));
         }
         return false;
     }
@@ -102,7 +89,7 @@ struct Carrier {
         const u64 now = global_nanoseconds();
         if (!started) started = now;
         if (now - started <= *reinterpret_cast<const u64*>(world.limit)) return false;
-        fail(world, STOPPED, world.rank, 3, round, push, now - started);
+        fail(world, STOPPED, world.rank, 3, round, turn, now - started);
         return true;
     }
 
@@ -112,37 +99,38 @@ struct Carrier {
         return min((u32)BLOCK, t.row[slot + 1] - t.row[slot] - (block - t.block[slot]) * BLOCK);
     }
 
-    // Once a batch: where this lane's next pull goes.
+    // Once a batch: where this lane's next row goes.
     inline void aim() {
         if (aimed) return;
         aimed = true;
         row = NOWHERE;
-        if (pull >= (u32)t.turn[LOCAL]) return;
-        pull_slot = at_or_after(t.turn, pull_slot, pull);
-        const u32 l = pull_slot, n = pull - t.turn[l], j = n / RANKS;
+        if (turn >= (u32)t.turn[LOCAL]) return;
+        slot = at_or_after(t.turn, slot, turn);
+        const u32 n = turn - t.turn[slot], j = n / RANKS;
         source_rank = source(n);
-        if (j >= (u32)t.count[source_rank][l]) return;
+        if (j >= (u32)t.count[source_rank][slot]) return;
         u32 place = 0;  // rows of this slot whose turn is before mine
 #pragma unroll 1
         for (u32 i = 0; i < RANKS; ++i)
-            place += min((u32)t.count[source(i)][l], j + (i < n % RANKS));
-        entry = t.first[source_rank][l] + j;
-        row = t.block[l] * BLOCK + place;
+            place += min((u32)t.count[source(i)][slot], j + (i < n % RANKS));
+        entry = t.first[source_rank][slot] + j;
+        row = t.block[slot] * BLOCK + place;
     }
 
-    // What was in the ring where the next batch goes has been pushed out.
+    // What was in the ring where the next batch goes is not needed any more.
     inline bool room() {
         if (RING == BLOCKS) return true;
         bool good = true;
         if (row != NOWHERE && row / BLOCK >= RING) {
             const u32 before = row / BLOCK - RING;
             left_slot = at_or_after(t.block, left_slot, before);
-            good = load_acquire(progress(mine, epoch, LEFT) + before) >= rows_in(left_slot, before);
+            good = load_acquire(progress(mine, epoch, WHOLE) + before) >=
+                   tiles_of(HIDDEN, rows_in(left_slot, before));
         }
         return __all_sync(~0u, good);
     }
 
-    inline void find_pull() {
+    inline void take() {
         bool bad = false;
         if (row != NOWHERE) {
             const u32 cell =
@@ -157,43 +145,15 @@ struct Carrier {
                 to = reinterpret_cast<u64>(mine.rows) + (u64)place * RECORD;
                 done = progress(mine, epoch, ARRIVED) + row / BLOCK;
                 if (lane_index() % PIECES == 0) {
-                    mine.origin[place] = (u64)source_rank << 32 | cell;
+                    mine.homes[place] = world.slab[source_rank] + RESULTS_AT + (u64)cell * RESULT;
                     if (WEIGHT_IN_FC2)
                         mine.scale[place] = at<float>(world, source_rank, WEIGHTS_AT)[cell];
                 }
             }
         }
-        if (pull != NOWHERE) pull += pull_step;
-        pushed = aimed = false;
+        if (turn != NOWHERE) turn += step;
+        aimed = false;
         broken = __any_sync(~0u, bad);
-    }
-
-    // Every row of the next batch to push has its results.
-    inline bool whole() {
-        bool good = true;
-        if (push < (u32)t.row[LOCAL]) {
-            push_slot = at_or_after(t.row, push_slot, push);
-            const u32 block = t.block[push_slot] + (push - t.row[push_slot]) / BLOCK;
-            good = load_acquire(progress(mine, epoch, WHOLE) + block) >=
-                   tiles_of(HIDDEN, rows_in(push_slot, block));
-        }
-        return __all_sync(~0u, good);
-    }
-
-    inline void find_push() {
-        if (push < (u32)t.row[LOCAL]) {
-            const u32 at = push - t.row[push_slot], block = t.block[push_slot] + at / BLOCK;
-            const u32 place = in_ring(block) * BLOCK + at % BLOCK;
-            const u64 origin = mine.origin[place];
-            const u32 to_rank = origin >> 32, cell = (u32)origin;
-            // After a fault a tile may count as done whose rows never came, with any origin.
-            has = to_rank < RANKS && cell < CELLS;
-            from = reinterpret_cast<u64>(mine.results) + (u64)place * RESULT;
-            to = has ? world.slab[to_rank] + RESULTS_AT + (u64)cell * RESULT : 0;
-            done = RING == BLOCKS ? nullptr : progress(mine, epoch, LEFT) + block;
-        }
-        if (push != NOWHERE) push += push_step;
-        pushed = true;
     }
 };
 
@@ -263,6 +223,8 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
             laps.lap(IDLE);
         }
     }
+    bar_end(bar);
+    bar_end(bar + 256);
     __threadfence_system();
     laps.end();
 }

@@ -59,79 +59,95 @@ inline void in_order(float& v) { asm volatile("" : "+f"(v)); }
 
 // What the epilogue of one GEMM needs besides the sums.
 struct Out {
-    u16* values;          // [pool, width]
+    u16* values;          // [pool, width], or null: each row goes to its home
     int width;            // columns of a row of `values`
     const u16* bias;      // [slots, 2 width or width], in the order of the weights, or null
     const float* scale;   // [pool], the router weight of a row, or null
     float limit;
+    const u64* homes;     // [pool], addresses, or null
 };
+
+// Results of two times 8 columns, as stmatrix takes them; `block` counts 8 columns of the GEMM, `left`
+// is the first column of the tile, `all` what the slot has.
+template <Act act, bool biased, bool scaled>
+inline void finish_pair(u32 (&v)[4], float (&sums)[TILE_N / 2], const Out& out, int block, u32 bias,
+                        int left, int all, const float (&scale)[2]) {
+    constexpr int per = gated(act) ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int mine = block + per * i, b = 4 * mine;
+        u32 gates = 0, ups = 0;  // biases of two neighbours
+        if (biased && left + 8 * mine < all) {
+            gates = load_const(out.bias + bias + 8 * mine);
+            if (per == 2) ups = load_const(out.bias + bias + 8 * mine + 8);
+        }
+        float r[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            if (act == GELU || act == GEGLU) in_order(sums[b + e]);
+            if (act == GEGLU) in_order(sums[b + 4 + e]);
+            r[e] = finish<act, biased, scaled>(
+                sums[b + e], per == 2 ? sums[b + 4 + e] : 0.0f, e % 2 ? bf16_high(gates) : bf16_low(gates),
+                e % 2 ? bf16_high(ups) : bf16_low(ups), scale[e / 2], out.limit);
+            if (act == GELU || act == GEGLU) in_order(r[e]);
+        }
+        v[2 * i] = pack_bf16(r[0], r[1]);
+        v[2 * i + 1] = pack_bf16(r[2], r[3]);
+    }
+}
+
+// The router weights of this lane's rows, upper and lower half of the warp's.
+template <bool scaled>
+inline void load_scale(float (&scale)[2], const Out& out, int row, int live) {
+    if (!scaled) return;
+    const int mine = 16 * (warp_index() % 4) + lane_index() / 4;
+    if (mine < live) scale[0] = out.scale[row + mine];
+    if (mine + 8 < live) scale[1] = out.scale[row + mine + 8];
+}
 
 // Writes the results of one warpgroup: `live` of its 64 rows from pool row `row`, from tile of
 // columns `column`.  The staging buffer holds 128 columns; wider results go in two passes.
 template <Act act, bool biased, bool scaled>
 inline void write_out(float (&sums)[TILE_N / 2], const Out& out, const TensorMap& map, u32 staging,
                       int slot, int row, int live, int column, u32 group) {
-    constexpr int per = gated(act) ? 2 : 1;        // columns of the GEMM to one of the result
-    constexpr int wide = TILE_N / per;             // columns of the result in this tile
+    constexpr int per = gated(act) ? 2 : 1;            // columns of the GEMM to one of the result
+    constexpr int wide = TILE_N / per;                 // columns of the result in this tile
+    constexpr int pass = wide < 128 ? wide : 128;      // columns of one pass
+    constexpr int quads = pass / 8;                    // 16 bytes each, of a row
     const u32 lane = lane_index(), warp = warp_index() % 4, thread = threadIdx.x % 128;
-    const int left = column * wide;
-    const int all = out.width * per;
+    const int left = column * wide, all = out.width * per;
     const u32 bias = slot * all + column * TILE_N + 2 * (lane % 4);
     float scale[2] = {1.0f, 1.0f};
-    if (scaled) {
-        const int mine = 16 * warp + lane / 4;
-        if (mine < live) scale[0] = out.scale[row + mine];
-        if (mine + 8 < live) scale[1] = out.scale[row + mine + 8];
-    }
+    load_scale<scaled>(scale, out, row, live);
     // stmatrix: lane i names row i % 8 of the 8 x 8 matrix i / 8; matrices are (upper, lower half
     // of the warp's rows) of one 8 columns, then of the next 8.
     const u32 own = 16 * warp + lane % 16, chunk = lane / 16;
 #pragma unroll
-    for (int pass = 0; pass < wide / 128; ++pass) {
+    for (int first = 0; first < wide; first += pass) {
         if (thread == 0) bulk_wait_read<0>();
         group_sync(1 + group);
 #pragma unroll
-        for (int j = 0; j < 16; j += 2) {
+        for (int j = 0; j < quads; j += 2) {
             u32 v[4];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int block = per * (pass * 16 + j + i), b = 4 * block;
-                u32 gates = 0, ups = 0;  // biases of two neighbours
-                if (biased && column * TILE_N + 8 * block < all) {
-                    gates = load_const(out.bias + bias + 8 * block);
-                    if (per == 2) ups = load_const(out.bias + bias + 8 * block + 8);
-                }
-                float r[4];
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (act == GELU || act == GEGLU) in_order(sums[b + e]);
-                    if (act == GEGLU) in_order(sums[b + 4 + e]);
-                    r[e] = finish<act, biased, scaled>(
-                        sums[b + e], per == 2 ? sums[b + 4 + e] : 0.0f,
-                        e % 2 ? bf16_high(gates) : bf16_low(gates),
-                        e % 2 ? bf16_high(ups) : bf16_low(ups), scale[e / 2], out.limit);
-                    if (act == GELU || act == GEGLU) in_order(r[e]);
-                }
-                v[2 * i] = pack_bf16(r[0], r[1]);
-                v[2 * i + 1] = pack_bf16(r[2], r[3]);
-            }
+            finish_pair<act, biased, scaled>(v, sums, out, per * (first / 8 + j), bias,
+                                             column * TILE_N, all, scale);
             const u32 at = staging + j / 8 * 8192 + own * 128 + (((j % 8) + chunk) ^ (own % 8)) * 16;
             stmatrix4(at, v[0], v[1], v[2], v[3]);
         }
-        const int x = left + pass * 128;
+        const int x = left + first;
         if (live == 64) {
             fence_async();
             group_sync(1 + group);
             if (thread == 0) {
                 tma_store(map, staging, x, row);
-                if (x + 64 < out.width) tma_store(map, staging + 8192, x + 64, row);
+                if (pass > 64 && x + 64 < out.width) tma_store(map, staging + 8192, x + 64, row);
                 bulk_commit();
             }
         } else {
             group_sync(1 + group);
 #pragma unroll 1
-            for (int i = 0; i < 8; ++i) {
-                const int r = thread / 16 + 8 * i, c = thread % 16;
+            for (int i = 0; i < quads / 2; ++i) {
+                const int r = thread / quads + 128 / quads * i, c = thread % quads;
                 const u32 at = staging + c / 8 * 8192 + r * 128 + ((c % 8) ^ (r % 8)) * 16;
                 if (r < live && x + 8 * c < out.width)
                     store_global(out.values + (u64)(row + r) * out.width + x + 8 * c,

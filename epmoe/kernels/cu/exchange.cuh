@@ -1,7 +1,8 @@
-// What a fused round keeps, and how ranks tell each other what they ask: stage, tell, make tables.
+// What a fused round keeps, and what a rank knows when all have told it what they ask.
 //
 // Constants as in verbs.cu: RANKS, LOCAL, CHOICES, HIDDEN, MAX_ROWS, RECORD, WEIGHT_IN_FC2, *_AT; and
-// BLOCKS, the most blocks of rows that routing can send here, of which RING have memory at a time.
+// BLOCKS, the most blocks of rows that routing can send here, of which RING have memory at a time;
+// PARTS, CTAs that tell one peer.
 #pragma once
 #include "epilogue.cuh"
 #include "signals.cuh"
@@ -12,31 +13,32 @@ constexpr int SLOTS = RANKS * LOCAL;
 constexpr u32 CELLS = MAX_ROWS * CHOICES;
 constexpr int HEAD = 8;             // comm/layout.py
 constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
-static_assert(RESULT == RECORD, "pulls and pushes share a ring: a row and a result are alike");
 
 // What a rank keeps of a round for itself.  Blocks are counted over all that comes in a round; block
-// b lies in the pools at b % RING, after block b - RING has been pushed out.  Counters of a block
+// b lies in the pools at b % RING, after FC2 of block b - RING has been done.  Counters of a block
 // have two sets, one for odd and one for even launches: a launch clears the set of the next one,
 // which nobody reads meanwhile.  The other counters only grow: by the same amount in every launch,
 // `epoch` launches so far.
 struct Private {
     u64* loads;      // [SLOTS] rows of every slot of all ranks, summed over rounds
-    u64* origin;     // [RING * BLOCK] source << 32 | cell
+    u64* homes;      // [RING * BLOCK] where a row's results go: an address in a slab
     float* scale;    // [RING * BLOCK] router weights, if the second GEMM applies them
     u8* rows;        // [RING * BLOCK, RECORD]
     u16* mid;        // [RING * BLOCK, INNER]
-    u8* results;     // [RING * BLOCK, RESULT]
     u32* blocks;     // [2][PROGRESS][BLOCKS]: see Progress
+    int* parts;      // [PARTS][SLOTS] choices that each part of my rows has for a slot
     int* scratch;    // [grid][LIVE_WORDS], where the table does not fit into shared memory
     u32* epoch;      // see Counter
     u64* trace;      // trace.cuh, written with TRACE only
     const u8* weights;  // of the first GEMM
     u64 weight_bytes;
 };
-enum Counter { EPOCH, STAGED, PLANNED, PUSHED, FINISHED, BAD, NEXT, CAME };
-// NEXT is the next tile of a counted order, 0 between launches.  CAME counts words that one CTA has
-// seen for all: C, then Y, of every launch.
-enum Progress { ARRIVED, HALF, WHOLE, LEFT, PROGRESS };  // rows in, FC1 tiles, FC2 tiles, rows out
+enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, FINISHED, BAD, NEXT, CAME };
+// PARTS_IN counts CTAs that have written their part of `parts`, STAGED those whose rows and list
+// entries can be read, MOVED those that have pulled and sent all that they will.  NEXT is the next
+// tile of a counted order, 0 between launches.  CAME counts words that one CTA has seen for all: C,
+// then Y, of every launch.
+enum Progress { ARRIVED, HALF, WHOLE, PROGRESS };  // rows in, FC1 tiles, FC2 tiles
 
 inline u32* progress(const Private& mine, u32 epoch, u32 which) {
     return mine.blocks + ((epoch & 1) * PROGRESS + which) * BLOCKS;
@@ -69,107 +71,6 @@ inline bool await_came(const World& world, const Private& mine, u32 target) {
     return true;
 }
 
-struct Head {
-    long long field[HEAD];
-};
-
-// All threads of all CTAs from `first` on: my rows into my slab.  The caller adds to STAGED after a
-// barrier.
-inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows, u32 first) {
-    const u64 threads = (u64)(gridDim.x - first) * blockDim.x;
-    const u64 mine = (blockIdx.x - first) * blockDim.x + threadIdx.x;
-    const u64 quads = (u64)rows * (RECORD / 16);
-    Quad* to = at<Quad>(world, world.rank, ROWS_AT);
-    const Quad* from = reinterpret_cast<const Quad*>(x);
-    constexpr int LOADS = 8;  // under way at a time
-    for (u64 i = mine; i < quads; i += LOADS * threads) {
-        Quad q[LOADS];
-#pragma unroll
-        for (int u = 0; u < LOADS; ++u)
-            if (i + u * threads < quads) q[u] = from[i + u * threads];
-#pragma unroll
-        for (int u = 0; u < LOADS; ++u)
-            if (i + u * threads < quads) to[i + u * threads] = q[u];
-    }
-    if (WEIGHT_IN_FC2) {
-        float* w = at<float>(world, world.rank, WEIGHTS_AT);
-        for (u64 i = mine; i < rows * CHOICES; i += threads) w[i] = weights[i];
-    }
-    fence_async_global();  // peers read the rows with the copy engine
-    __threadfence_system();
-}
-
-// What the caller's ids say: experts, of which `table` knows the slot, or slots already.
-struct Choices {
-    const void* ids;
-    const int* table;  // [experts], or null: ids are slots
-    u32 known;         // ids below it name something
-    u32 wide;          // ids are of 8 bytes, else of 4
-
-    // -1 for no choice, -2 for an id that names nothing.
-    inline int slot(u32 cell) const {
-        const long long id = wide ? __ldg(static_cast<const long long*>(ids) + cell)
-                                  : __ldg(static_cast<const int*>(ids) + cell);
-        if (id < 0 || id >= known) return id == -1 ? -1 : -2;
-        return table ? __ldg(table + id) : (int)id;
-    }
-};
-
-// f(cell, slot) for every choice; loads go 16 at a time, since each takes a microsecond.
-template <typename F>
-inline void each_choice(const Choices& choices, u32 rows, F f) {
-    const u32 all = rows * CHOICES;
-    constexpr u32 LOADS = 16;
-    for (u32 c = threadIdx.x; c < all; c += LOADS * blockDim.x) {
-        int s[LOADS];
-#pragma unroll
-        for (u32 u = 0; u < LOADS; ++u) {
-            const u32 cell = c + u * blockDim.x;
-            s[u] = cell < all ? choices.slot(cell) : -1;
-        }
-#pragma unroll
-        for (u32 u = 0; u < LOADS; ++u)
-            if (s[u] != -1) f(c + u * blockDim.x, s[u]);
-    }
-}
-
-// All threads of one CTA: counts, list and head into the mailbox of `peer`; returns the rows asked.
-// `count` and `place` are SLOTS ints of shared memory each.
-inline int tell(const World& world, const Private& mine, u32 peer, const Choices& choices, u32 rows,
-                const Head& head, int* count, int* place) {
-    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) count[s] = 0;
-    __syncthreads();
-    each_choice(choices, rows, [&](u32, int s) {
-        if (s >= 0 && s < SLOTS) atomicAdd(&count[s], 1);
-        else if (peer == world.rank) atomicAdd(mine.epoch + BAD, 1);
-    });
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        int base = 0;
-#pragma unroll 1
-        for (int first = 0; first < LOCAL; first += 32) {
-            const int l = first + lane_index(), n = l < LOCAL ? count[peer * LOCAL + l] : 0;
-            const int sum = scanned(n);
-            if (l < LOCAL) place[l] = base + sum - n;
-            base += __shfl_sync(~0u, sum, 31);
-        }
-        if (threadIdx.x == 0) place[LOCAL] = base;
-    }
-    __syncthreads();
-    const int total = place[LOCAL];
-    int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
-    int* list = at<int>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
-    long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
-    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) counts[s] = count[s];
-    if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
-    each_choice(choices, rows, [&](u32 cell, int s) {
-        if (s >= 0 && s < SLOTS && s / LOCAL == (int)peer) list[atomicAdd(&place[s % LOCAL], 1)] = cell;
-    });
-    __threadfence_system();
-    __syncthreads();
-    return total;
-}
-
 // What the movers of a CTA know of the round, in shared memory.
 struct Tables {
     int count[RANKS][LOCAL];
@@ -180,7 +81,7 @@ struct Tables {
 };
 
 // All threads of the CTA.  False if a count cannot be or does not match the word it came with.
-inline bool make_tables(const World& world, Tables& t, const u32* asked, u32 round) {
+inline bool make_tables(const World& world, Tables& t, u32 round) {
     bool good = true;
     for (int i = threadIdx.x; i < SLOTS; i += blockDim.x) {
         const int r = i / LOCAL, l = i % LOCAL;
@@ -213,8 +114,9 @@ inline bool make_tables(const World& world, Tables& t, const u32* asked, u32 rou
         }
         if (lane_index() == 0) {
             if (job < RANKS) {
-                if (base != (int)asked[job])
-                    good = fail(world, CORRUPT, job, WORD_C, round, asked[job], 0);
+                const u32 asked = (u32)load_acquire_system(cell_of(world, world.rank, WORD_C, job));
+                if (base != (int)(asked & 0x7fffffff))
+                    good = fail(world, CORRUPT, job, WORD_C, round, asked, 0);
             } else {
                 (job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn)[0] = 0;
             }

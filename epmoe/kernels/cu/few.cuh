@@ -3,12 +3,14 @@
 #include "hands.cuh"
 #include "narrow.cuh"
 
+static_assert(TALL == 128, "each warpgroup has half of a tile");
+
 using Weights = Narrow<TALL>;
 constexpr int PER1 = (N1 + TALL - 1) / TALL, PER2 = (HIDDEN + TALL - 1) / TALL;
 constexpr int CTAS = 1, UNIT = CHUNK;
 using Tiles = Stream<PER1, PER2, LAG, UNIT>;
 
-constexpr u32 NARROW_ORDER_AT = Weights::order_at;
+constexpr u32 RING_END = Weights::bars_at, NARROW_ORDER_AT = Weights::order_at;
 constexpr u32 HAND_AT = NARROW_ORDER_AT + ORDER_BYTES;
 constexpr u32 LIVE_AT = HAND_AT + HANDS_BYTES;
 
@@ -30,9 +32,8 @@ inline void prefetch_maps(const Maps& maps) {
 }
 
 // The scouting warp: which tiles, in the order of the stream.
-inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base,
-                         bool good) {
-    const u32 clusters = gridDim.x - COMM, all = good ? Tiles::tiles(live) : 0;
+inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base) {
+    const u32 clusters = gridDim.x - COMM, all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
     Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
     Tiles stream;
@@ -97,8 +98,8 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
 inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
                             u32 epoch, u32 group) {
     const u32 staging = base + Weights::staging_at + group * CHUNK * PITCH;
-    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit};
-    const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
+    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit, nullptr};
+    const Out whole{nullptr, HIDDEN, call.bias2, mine.scale, call.limit, mine.homes};
     Weights ring{base};
     Hands hands{base + HAND_AT};
     Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP, threadIdx.x % 128 == 0);
@@ -111,25 +112,21 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         if (lane_index() == 0) add_release(mine.blocks + pending, 1);
         pending = -1;
     };
-    if (TALL == 64 && group == 1) turn_give(TURN);
-    for (u32 turn = 0;; ++turn) {
-        if (!bar_test(hands.full(), hands.phase)) flush();
+    for (;;) {
+        if (!bar_test(hands.full(), hands.phase())) flush();
         laps.lap(FLUSH);
         const Hand hand = hands.take();
         laps.lap(TAKE);
         if (hand.gemm == 2) break;
         const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
-        if (TALL == 64 && turn % 2 != group) {
-            ring.jump(steps);
-            continue;
-        }
         const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
         if (hand.gemm)
             narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(ring, whole, staging, n, group, steps, flush);
         else
             narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps, flush);
         laps.lap(hand.gemm ? FC2 : FC1);
-        if (n.tile * TALL + (TALL == 128 ? (int)group * 64 : 0) < (hand.gemm ? HIDDEN : N1))
+        // Who waits for FC2 wants its rows' memory, not its results; those are seen to at the end.
+        if ((RING < BLOCKS || !hand.gemm) && n.tile * TALL + (int)group * 64 < (hand.gemm ? HIDDEN : N1))
             pending = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
     }
     flush();

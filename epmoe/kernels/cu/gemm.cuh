@@ -1,7 +1,8 @@
 // The tile loop: one warp feeds a ring of shared-memory stages, two warpgroups multiply from it.
 //
 // A tile is 128 rows x 256 columns; each warpgroup has 64 of the rows and keeps 64 x 256 sums in
-// registers.  A stage holds 64 of the K: 16 KiB of rows and 32 KiB of weights.  The two CTAs of a
+// registers.  A stage holds 64 of the K: 16 KiB of rows and 32 KiB of weights.  (With -D WIDE=128 it
+// is half as wide: for so few tiles that half of the SMs would have none.)  The two CTAs of a
 // cluster share either the weights or the rows of their tiles: each loads half of what is shared
 // and multicasts it, so that a CTA takes 32 or 40 KiB a stage from L2 instead of 48 (without this
 // the loop asks L2 for 48 B a cycle and SM, which it cannot give).
@@ -13,9 +14,12 @@
 #include "tiles.cuh"
 #include "wgmma.cuh"
 
-constexpr int TILE_N = 256;
+#ifndef WIDE
+#define WIDE 256
+#endif
+constexpr int TILE_N = WIDE;
 constexpr int TILE_K = 64;
-constexpr int STAGES = 4;
+constexpr int STAGES = WIDE == 256 ? 4 : 6;
 constexpr int GROUPS = 2;                          // consumer warpgroups
 constexpr int THREADS = (GROUPS + 1) * 128;        // and one whose first warp feeds them
 constexpr int FEED_REGISTERS = 72;                 // 168 at launch; what the feeding group gives
@@ -32,17 +36,16 @@ constexpr u32 ORDER_AT = BARS_AT + 2 * STAGES * 8;
 constexpr u32 TABLE_AT = ORDER_AT + ORDER_BYTES;
 
 struct Ring {
-    u32 base;       // shared address of stage 0
-    u32 stage = 0;
-    u32 phase = 0;  // parity of the round through the ring
+    u32 base;      // shared address of stage 0
+    u32 turn = 0;  // stages so far, modulo two rounds of the ring: one register for stage and parity
 
-    inline u32 rows() const { return base + stage * STAGE_BYTES; }
+    inline u32 stage() const { return turn < STAGES ? turn : turn - STAGES; }
+    inline u32 phase() const { return turn >= STAGES; }
+    inline u32 rows() const { return base + stage() * STAGE_BYTES; }
     inline u32 weights() const { return rows() + ROW_BYTES; }
-    inline u32 full() const { return base + BARS_AT + stage * 8; }
+    inline u32 full() const { return base + BARS_AT + stage() * 8; }
     inline u32 empty() const { return full() + STAGES * 8; }
-    inline void next() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
+    inline void next() { turn = turn == 2 * STAGES - 1 ? 0 : turn + 1; }
 };
 
 // One thread; the caller syncs the cluster afterwards.
@@ -62,7 +65,7 @@ inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, co
     const int row = tile.block * BLOCK, column = tile.column * TILE_N;
     for (int k = 0; k < steps; ++k, ring.next()) {
         passes(steps - k);
-        bar_wait(ring.empty(), ring.phase ^ 1);
+        bar_wait(ring.empty(), ring.phase() ^ 1);
         bar_expect(ring.full(), STAGE_BYTES);
         const int x = k * TILE_K;
         constexpr u32 half_rows = ROW_BYTES / 2, half_weights = WEIGHT_BYTES / 2;
@@ -96,11 +99,11 @@ struct Nothing {
 template <typename Between>
 inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps, Between between) {
     u32 before = 0;
-    const bool late = !bar_test(ring.full(), ring.phase);
+    const bool late = !bar_test(ring.full(), ring.phase());
     if (late) between();
     for (int k = 0; k < steps; ++k, ring.next()) {
         if (k == 2 && !late) between();
-        bar_wait(ring.full(), ring.phase);
+        bar_wait(ring.full(), ring.phase());
         const u64 a = tile_descriptor(ring.rows() + group * (ROW_BYTES / 2));
         const u64 b = tile_descriptor(ring.weights());
         wgmma_begin();
@@ -121,7 +124,7 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps
 // A warpgroup without live rows in this tile only keeps the ring turning.
 inline void skip(Ring& ring, int steps) {
     for (int k = 0; k < steps; ++k, ring.next()) {
-        bar_wait(ring.full(), ring.phase);
+        bar_wait(ring.full(), ring.phase());
         release(ring.empty());
     }
 }

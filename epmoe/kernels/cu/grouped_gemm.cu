@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         registers_up<MULTIPLY_REGISTERS>();
         const u32 group = warp / 4, staging = base + STAGING_AT + group * STAGING_BYTES;
-        const Out out{values, WIDTH, bias, scale, limit};
+        const Out out{values, WIDTH, bias, scale, limit, nullptr};
         for (u32 t; (t = order.next(false)) < tiles;) {
             const Tile tile = wide_tile<SLOTS, COLUMNS>(before, t, rank);
             if (tile.none) continue;
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         registers_up<MULTIPLY_REGISTERS>();
         const u32 group = warp / 4, staging = base + ring.staging_at + group * CHUNK * PITCH;
-        const Out out{values, WIDTH, bias, scale, limit};
+        const Out out{values, WIDTH, bias, scale, limit, nullptr};
         u32 turn = 0;
         if (TALL == 64 && group == 1) turn_give(TURN);
         for (u32 t; (t = order.next(false)) < tiles;) {

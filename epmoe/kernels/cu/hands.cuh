@@ -1,6 +1,6 @@
 // How tiles of a round get from the scouting warp of a CTA to those who work on them.
 #pragma once
-#include "exchange.cuh"
+#include "tell.cuh"
 
 // What the caller of a round gives.
 struct Call {
@@ -38,34 +38,32 @@ constexpr u32 HAND_BYTES = 32;  // two barriers, then the tile
 constexpr u32 HANDS_BYTES = HANDS * HAND_BYTES + 16;  // and the barrier of who asks
 
 struct Hands {
-    u32 base, slot = 0, phase = 0, asked = 0;  // shared address of the first
+    u32 base, turn = 0, asked = 0;  // shared address of the first; tiles so far; parity of asking
 
     inline void ask() const { bar_arrive(base + HANDS * HAND_BYTES); }
     inline void await_ask() {  // passes the first time
         bar_wait(base + HANDS * HAND_BYTES, asked ^ 1);
         asked ^= 1;
     }
-    inline u32 full() const { return base + slot * HAND_BYTES; }
+    inline u32 phase() const { return turn / HANDS & 1; }
+    inline u32 full() const { return base + turn % HANDS * HAND_BYTES; }
     inline u32 empty() const { return full() + 8; }
     inline u32 tile() const { return full() + 16; }
-    inline void next() {
-        if (++slot == HANDS) slot = 0, phase ^= 1;
-    }
     inline void give(const Hand& h) {  // one thread
-        bar_wait(empty(), phase ^ 1);
+        bar_wait(empty(), phase() ^ 1);
         asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile()),
                      "r"(h.gemm | h.same_rows << 2 | h.rows << 8 | h.due << 16),
                      "r"(h.slot | h.column << 16), "r"(h.row), "r"(h.block)
                      : "memory");
         bar_arrive(full());
-        next();
+        ++turn;
     }
     inline Hand take() {  // a warp
-        bar_wait(full(), phase);
+        bar_wait(full(), phase());
         const Quad q = load_shared(tile());
         __syncwarp();
         if (lane_index() == 0) bar_arrive(empty());
-        next();
+        ++turn;
         return {(int)q.x & 3, (q.x & 4) != 0, (int)q.x >> 8 & 0xff, (int)q.x >> 16,
                 (int)q.y & 0xffff, (int)q.y >> 16, (int)q.z, (int)q.w};
     }

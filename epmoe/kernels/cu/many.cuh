@@ -1,17 +1,19 @@
-// The many-rows half of a round: both GEMMs as one stream of tiles of 128 rows x 256 columns.
+// The many-rows half of a round: both GEMMs as one stream of tiles of 128 rows x TILE_N columns.
 #pragma once
 #include "hands.cuh"
+#include "send.cuh"
 
 constexpr int COLUMNS1 = (N1 + TILE_N - 1) / TILE_N, COLUMNS2 = (HIDDEN + TILE_N - 1) / TILE_N;
 constexpr int PER1 = (COLUMNS1 + 1) / 2, PER2 = (COLUMNS2 + 1) / 2;
 constexpr int CTAS = 2, UNIT = BLOCK;
 using Tiles = Stream<PER1, PER2, LAG, UNIT>;
 
+constexpr u32 RING_END = BARS_AT;
 constexpr u32 HAND_AT = ORDER_AT + ORDER_BYTES;  // after the ring and the staging
 constexpr u32 LIVE_AT = HAND_AT + HANDS_BYTES;
 
 struct Maps {
-    TensorMap rows, w1, mid, w2, results;
+    TensorMap rows, w1, mid, w2;
 };
 
 inline void init_tiles(u32 base) {
@@ -21,15 +23,13 @@ inline void init_tiles(u32 base) {
 }
 
 inline void prefetch_maps(const Maps& maps) {
-    for (const TensorMap* map : {&maps.rows, &maps.w1, &maps.mid, &maps.w2, &maps.results})
-        prefetch_map(*map);
+    for (const TensorMap* map : {&maps.rows, &maps.w1, &maps.mid, &maps.w2}) prefetch_map(*map);
 }
 
 // The scouting warp: which tiles, in the order of the stream.
-inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base,
-                         bool good) {
+inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base) {
     const u32 rank = cluster_rank(), clusters = (gridDim.x - COMM) / 2;
-    const u32 all = good ? Tiles::tiles(live) : 0;
+    const u32 all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
     Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
     Tiles stream;
@@ -92,12 +92,13 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
     laps.end();
 }
 
-// A warpgroup: multiplies what it is handed, and counts a tile as done once its results can be read.
+// A warpgroup: multiplies what it is handed.  A tile of FC1 counts as done once its results can be
+// read, one of FC2 when nobody needs its rows any more: its results are seen to at the end.
 inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
                             u32 epoch, u32 group) {
     const u32 staging = base + STAGING_AT + group * STAGING_BYTES, thread = threadIdx.x % 128;
-    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit};
-    const Out whole{reinterpret_cast<u16*>(mine.results), HIDDEN, call.bias2, mine.scale, call.limit};
+    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit, nullptr};
+    const Out whole{nullptr, HIDDEN, call.bias2, mine.scale, call.limit, mine.homes};
     Ring ring{base};
     Hands hands{base + HAND_AT};
     Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP, thread == 0);
@@ -111,7 +112,7 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         }
     };
     for (;;) {
-        if (!bar_test(hands.full(), hands.phase)) flush();
+        if (!bar_test(hands.full(), hands.phase())) flush();
         laps.lap(FLUSH);
         const Hand hand = hands.take();
         laps.lap(TAKE);
@@ -127,15 +128,20 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
         multiply(ring, sums, group, steps, flush);
         flush();
         laps.lap(hand.gemm ? FC2 : FC1);
-        if (hand.gemm)
-            write_out<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, maps.results, staging, slot, row,
-                                                         rows, hand.column, group);
-        else
-            write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows,
-                                                hand.column, group);
-        laps.lap(OUT);
         const int done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
-        if (hand.column >= (hand.gemm ? COLUMNS2 : COLUMNS1)) continue;
+        const bool counts = hand.column < (hand.gemm ? COLUMNS2 : COLUMNS1);
+        if (hand.gemm) {
+            const u64 home = home_of_row(mine, row, rows);
+            group_sync(1 + group);  // of this tile all has been read, and the staging is free
+            if (RING < BLOCKS && counts && thread == 0) add_release(mine.blocks + done, 1);
+            send_out<BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, home, staging, slot, row, rows, hand.column);
+            laps.lap(OUT);
+            continue;
+        }
+        write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows, hand.column,
+                                            group);
+        laps.lap(OUT);
+        if (!counts) continue;
         if (rows == 64) {
             if (thread == 0) pending = done;
         } else {

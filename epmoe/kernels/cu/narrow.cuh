@@ -175,11 +175,22 @@ inline void write_narrow(float (&sums)[wide / 2], const Out& out, u32 staging, c
             }
         }
     }
+    constexpr int turns = (wide * quads + 127) / 128;  // of a thread that writes out
+    u64 to[turns];
+#pragma unroll
+    for (int i = 0; i < turns; ++i) {
+        const int r = (thread + 128 * i) / quads;
+        to[i] = r >= n.live ? 0
+                : out.homes ? load_relaxed(out.homes + n.row + r)
+                            : reinterpret_cast<u64>(out.values + (u64)(n.row + r) * out.width);
+    }
     group_sync(1 + group);
-    for (int i = thread; i < n.live * quads; i += 128) {
-        const int r = i / quads, c = i % quads;
-        store_global(out.values + (u64)(n.row + r) * out.width + left / per + 8 * c,
-                     load_shared(staging + r * PITCH + c * 16));
+#pragma unroll
+    for (int i = 0; i < turns; ++i) {
+        const int r = (thread + 128 * i) / quads, c = (thread + 128 * i) % quads;
+        if (to[i])  // 0: not live, or after a fault a row that never came
+            store_global(reinterpret_cast<void*>(to[i] + 2 * (left / per + 8 * c)),
+                         load_shared(staging + r * PITCH + c * 16));
     }
 }
 

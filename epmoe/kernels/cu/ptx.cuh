@@ -97,6 +97,11 @@ inline void bar_init(u32 bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 
+// Its memory may be used for something else.
+inline void bar_end(u32 bar) {
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
 inline void bar_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 inline void bar_expect(u32 bar, u32 bytes) {
@@ -236,10 +241,25 @@ inline void store_global(void* p, Quad q) {
                  : "memory");
 }
 
+inline Quad load_global(const void* p) {
+    Quad q;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
+                 : "l"(p));
+    return q;
+}
+
 // Volatile, so that it stays where it is written: hoisted loads cost registers.
 inline u32 load_const(const void* p) {
     u32 v;
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+// From L2, where other SMs have put it; the caller knows that they have.
+inline u64 load_relaxed(const u64* p) {
+    u64 v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
 }
 

@@ -1,9 +1,10 @@
 // One round in one launch: from a rank's rows to its results, over the slabs of all ranks.
 //
-// The first COMM CTAs (whole clusters) tell, pull and push, while the others stage the rows and then
-// run the tile loop over both GEMMs.  FC1 tiles wait for the rows of their block, FC2 tiles for the
-// FC1 tiles of theirs, pushes for the FC2 tiles.  At the end everyone reduces.  Any wait may fail
-// (signals.cuh): then nobody begins anything new, everyone leaves, and the output is NaN.
+// All CTAs stage rows and tell the peers what this rank asks of them.  When all ranks have told, the
+// first COMM CTAs (whole clusters) pull rows, the others begin the tile loop over both GEMMs, and
+// those that have pulled join them.  FC1 tiles wait for the rows of their block, FC2 tiles for the FC1
+// tiles of theirs; each writes its results to where they are wanted.  At the end everyone reduces.  Any
+// wait may fail (signals.cuh): then nobody begins anything new, everyone leaves, the output is NaN.
 //
 // Constants: those of exchange.cuh; INNER, ACT, BIAS, COUNTED, COMM, LAG; TALL as in grouped_gemm.cu.
 #if TALL == 0
@@ -13,6 +14,7 @@
 #endif
 #include "carry.cuh"
 #include "reduce.cuh"
+#include "tell.cuh"
 
 constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
 
@@ -20,10 +22,9 @@ constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
 constexpr u32 MOST_SHARED = 231296;  // what a CTA may have, less 1024 of the static word
 constexpr u32 LIVE_WORDS = live_words(LOCAL, UNIT < BLOCK);
 constexpr bool LIVE_SHARED = LIVE_AT + 4 * LIVE_WORDS <= MOST_SHARED;
-// Shared memory of a CTA that communicates.
+// A CTA that pulls has its buffers and tables where the ring will be.
 constexpr u32 TABLES_AT = (CARRY_SHARED + 127) / 128 * 128;
-constexpr u32 LISTS_AT_END = TABLES_AT + sizeof(Tables);  // count and place while telling
-static_assert(LISTS_AT_END + (2 * SLOTS + 2) * 4 <= MOST_SHARED, "the tables of the carriers do not fit");
+static_assert(TABLES_AT + sizeof(Tables) <= RING_END, "the tables of the carriers do not fit");
 static_assert(LIVE_AT <= MOST_SHARED, "the ring and the hands do not fit");
 
 inline Live live_of(const Private& mine, u8* shared) {
@@ -63,50 +64,34 @@ inline void leave(const World& world, const Private& mine, bool good) {
     if (good) *reinterpret_cast<u64*>(world.round) += 1;
 }
 
-// All threads of a CTA: every rank's word `kind` of this round has come.  The values are only for
-// those who check them: `asked` is filled from the words in any case.
-inline bool words_came(const World& world, const Private& mine, Kind kind, u32 epoch, u32 round,
-                       u32* asked) {
-    if (blockIdx.x == 0) {
-        const bool came = await_all(world, kind, round, asked);
-        if (came && threadIdx.x == 0) add_release(mine.epoch + CAME, 1);
-        return came;
-    }
-    bool came = true;
-    if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch + 1 + (kind == WORD_Y));
-    if (!__syncthreads_and(came)) return false;
-    if (threadIdx.x < RANKS)
-        asked[threadIdx.x] = (u32)load_acquire_system(cell_of(world, world.rank, kind, threadIdx.x)) & 0x7fffffff;
-    __syncthreads();
-    return true;
+// One thread of a CTA that has pulled and sent all that it will: what it sent has arrived.  The last
+// one says so by Y, the promise to read no mailbox and no row of this round any more, and to write no
+// result.
+inline void end_moves(const World& world, const Private& mine, u32 round) {
+    __threadfence();
+    if ((atomicAdd(mine.epoch + MOVED, 1) + 1) % gridDim.x == 0 && !faulted(world))
+        publish_all(world, WORD_Y, round);
 }
 
-// All threads of a CTA that communicates.
-inline void communicate(const World& world, const Private& mine, const Call& call, u32 base,
-                        u8* shared, u32 epoch, u32 round, u32* asked, Laps& laps) {
+// The first warp of the first CTA, for all of this rank: every rank's word `kind` of this round.
+inline void poll_words(const World& world, const Private& mine, Kind kind, u32 round) {
+    u32 value;
+    const bool came = lane_index() >= RANKS || await(world, kind, lane_index(), round, value);
+    if (__all_sync(~0u, came) && lane_index() == 0) add_release(mine.epoch + CAME, 1);
+}
+
+// All threads of a CTA that pulls.
+inline void pull_rows(const World& world, const Private& mine, u32 base, u8* shared, u32 epoch,
+                      u32 round, Laps& laps) {
     Tables& t = *reinterpret_cast<Tables*>(shared + TABLES_AT);
-    int* count = reinterpret_cast<int*>(shared + LISTS_AT_END);
-    bool good = !faulted(world);
-    for (u32 p = blockIdx.x; good && p < RANKS; p += COMM) {
-        const u32 peer = (world.rank + 1 + p) % RANKS, stagers = gridDim.x - COMM;
-        const int total =
-            tell(world, mine, peer, call.choices, call.rows, call.head, count, count + SLOTS);
-        if (threadIdx.x == 0 && await_count(world, mine.epoch + STAGED, (epoch + 1) * stagers))
-            publish(world, WORD_C, peer, round, total);
-    }
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS;
-         i += COMM * blockDim.x)
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS; i += COMM * blockDim.x)
         progress(mine, epoch + 1, ARRIVED)[i] = 0;
-    laps.lap(TELL);
-    good = words_came(world, mine, WORD_C, epoch, round, asked);
-    laps.lap(WAIT_C);
-    good = good && make_tables(world, t, asked, round);
+    bool good = make_tables(world, t, round);
     if (good && blockIdx.x == 0) check_heads(world, mine, round);
     if (good && (u32)t.block[LOCAL] > BLOCKS)
         good = fail(world, CORRUPT, world.rank, WORD_C, round, t.block[LOCAL], 0);
     __syncthreads();
-    if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
-    laps.lap(PLAN);
+    laps.lap(TABLES);
     const u32 warp = threadIdx.x / 32;
     if (good && warp < CARRIERS) {
         Laps laps(mine.trace, warp ? LAST_CARRIER : FIRST_CARRIER,
@@ -114,78 +99,65 @@ inline void communicate(const World& world, const Private& mine, const Call& cal
         Carrier carrier(world, mine, t, epoch, round, warp * COMM + blockIdx.x, COMM * CARRIERS);
         carry(carrier, base, warp, laps);
     }
-    __syncthreads();
-    // Y is the promise to read no mailbox and no row of this round any more.
-    if (threadIdx.x == 0 && (atomicAdd(mine.epoch + PUSHED, 1) + 1) % COMM == 0 &&
-        await_count(world, mine.epoch + PLANNED, (epoch + 1) * gridDim.x) && !faulted(world)) {
-        __threadfence_system();
-        for (u32 r = 0; r < RANKS; ++r) publish(world, WORD_Y, r, round, 0);
-    }
+    fence_async();   // what was written here by hand is written by the copy engine next
+    cluster_sync();  // and by that of the other CTA
+    laps.lap(PULL);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fused_round(const __grid_constant__ Maps maps, const __grid_constant__ World world,
                 const __grid_constant__ Private mine, const __grid_constant__ Call call) {
     extern __shared__ __align__(1024) u8 shared[];
-    __shared__ u32 asked[RANKS];
+    __shared__ bool came;
     const u32 base = smem(shared), warp = warp_index();
     Laps laps(mine.trace, WHOLE_CTA, threadIdx.x == 0);
-    const bool multiplies = blockIdx.x >= COMM;
-    if (multiplies && warp == FEEDS && lane_index() == 0) {
+    if (warp == FEEDS && lane_index() == 0) {
         init_tiles(base);
         prefetch_maps(maps);
-        prefetch_weights(mine, call.rows);
+        if (blockIdx.x >= COMM) prefetch_weights(mine, call.rows);
     }
-    if (multiplies && !faulted(world)) stage_rows(world, call.x, call.weights, call.rows, COMM);
+    tell(world, mine, call.x, call.choices, call.weights, call.rows, call.head,
+         *reinterpret_cast<Telling*>(shared), epoch_now(mine), round_now(world));
+    laps.lap(TELL);
+    if (blockIdx.x == 0 && warp == 0) poll_words(world, mine, WORD_C, round_now(world));
+    if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch_now(mine) + 1);
     __syncthreads();
-    if (multiplies && threadIdx.x == 0) add_release(mine.epoch + STAGED, 1);
-    cluster_sync();
-    laps.lap(STAGE);
-
-    const u64 everyone = (u64)COMM * THREADS + (u64)(gridDim.x - COMM) * GROUPS * 128;
-    if (!multiplies) {
-        communicate(world, mine, call, base, shared, epoch_now(mine), round_now(world), asked, laps);
-        laps.lap(WORK);
-        const bool good = words_came(world, mine, WORD_Y, epoch_now(mine), round_now(world), asked) && !faulted(world);
-        laps.lap(WAIT_Y);
-        reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, good,
-                    (u64)blockIdx.x * THREADS + threadIdx.x, everyone);
-        __syncthreads();
-        laps.lap(REDUCE);
-        if (threadIdx.x == 0) leave(world, mine, good);
-        laps.end();
-        return;
-    }
-    bool good = words_came(world, mine, WORD_C, epoch_now(mine), round_now(world), asked);
+    const bool good = came;
     laps.lap(WAIT_C);
-    if (warp == 0 && good) {
+    if (good && blockIdx.x < COMM)
+        pull_rows(world, mine, base, shared, epoch_now(mine), round_now(world), laps);
+    else
+        cluster_sync();  // barriers are made; whoever pulls needs them later
+    if (warp == 0) {
         const Live live = live_of(mine, shared);
-        find_live<LOCAL, UNIT>(live, [&](int l) { return max(rows_of(world, l), 0); });
+        if (good) find_live<LOCAL, UNIT>(live, [&](int l) { return max(rows_of(world, l), 0); });
         __syncwarp();
-        good = (u32)live.block[*live.count] <= BLOCKS;
+        if (lane_index() == 0 && (!good || (u32)live.block[*live.count] > BLOCKS)) none_live(live);
     }
-    good = __syncthreads_and(good);
-    if (threadIdx.x == 0) add_release(mine.epoch + PLANNED, 1);
+    __syncthreads();
     laps.lap(PLAN);
     if (warp >= FEEDS) {
         registers_down<FEED_REGISTERS>();
         if (warp == FEEDS) feed_stream(world, mine, maps, base, epoch_now(mine));
-        if (warp == SCOUTS) scout_stream(world, mine, live_of(mine, shared), base, good);
+        if (warp == SCOUTS) scout_stream(world, mine, live_of(mine, shared), base);
         cluster_sync();
     } else {
         registers_up<MULTIPLY_REGISTERS>();
         multiply_stream(mine, maps, call, base, epoch_now(mine), warp / 4);
-        laps.lap(WORK);
-        if (threadIdx.x == 0)
-            asked[0] = await_came(world, mine, 2 * epoch_now(mine) + 2) && !faulted(world);
+        __threadfence_system();  // this thread's results have arrived
         both_sync();
-        const bool came = asked[0];
+        if (threadIdx.x == 0) end_moves(world, mine, round_now(world));
+        laps.lap(WORK);
+        if (blockIdx.x == 0 && threadIdx.x < 32) poll_words(world, mine, WORD_Y, round_now(world));
+        if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch_now(mine) + 2) && !faulted(world);
+        both_sync();
+        const bool whole = came;
         laps.lap(WAIT_Y);
-        reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, came,
-                    (u64)COMM * THREADS + (u64)(blockIdx.x - COMM) * GROUPS * 128 + threadIdx.x, everyone);
+        reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, whole,
+                    (u64)blockIdx.x * GROUPS * 128 + threadIdx.x, (u64)gridDim.x * GROUPS * 128);
         both_sync();
         laps.lap(REDUCE);
-        if (threadIdx.x == 0) leave(world, mine, came);
+        if (threadIdx.x == 0) leave(world, mine, whole);
         laps.end();
         __syncwarp();
         cluster_sync();  // a CTA that left could still be sent arrivals

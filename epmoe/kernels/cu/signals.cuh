@@ -42,6 +42,10 @@ inline void store_release_system(u64* p, u64 v) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+inline void store_relaxed_system(u64* p, u64 v) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
 inline u32 load_system(const u32* p) {
     u32 v;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -84,6 +88,14 @@ inline bool fail(const World& world, u32 why, u32 rank, u32 kind, u32 round, u64
         report->why = why;
     }
     return false;
+}
+
+// One thread, to every rank: what any thread wrote that this one knows of is seen before the word.
+inline void publish_all(const World& world, u32 kind, u32 round) {
+    __threadfence_system();
+#pragma unroll
+    for (u32 r = 0; r < RANKS; ++r)
+        store_relaxed_system(cell_of(world, r, kind, world.rank), word_of(round, 0));
 }
 
 inline void publish(const World& world, u32 kind, u32 to, u32 round, u32 value) {

@@ -52,6 +52,9 @@ inline void find_live(const Live& live, Rows rows_of) {
     if (lane_index() == 0) live.block[0] = live.unit[0] = 0, *live.count = found;
 }
 
+// One thread: nothing to do in this round.
+inline void none_live(const Live& live) { live.block[0] = live.unit[0] = *live.count = 0; }
+
 // A group: up to GROUP units of one slot, whose tiles of one GEMM follow each other.
 struct Cursor {
     int i = 0, at = 0;  // live slot, units of it already passed

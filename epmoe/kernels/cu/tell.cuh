@@ -1,0 +1,190 @@
+// How a round begins: rows into my slab, and into every peer's mailbox what I ask of its slots.
+//
+// A list for a peer has my choices of its slots, slot by slot.  PARTS CTAs make it together, each of
+// a part of my rows: they count, stage rows while the others still count, and write their entries
+// where the parts before them end.  (One CTA for a whole peer took 42 us for 2,048 rows.)
+#pragma once
+#include "exchange.cuh"
+
+constexpr u32 TELLERS = RANKS * PARTS;  // CTAs
+constexpr u32 PART = (CELLS + PARTS - 1) / PARTS;
+constexpr u32 NOT_THEIRS = ~0u;
+static_assert(PART <= 65536 && LOCAL < 65536, "an entry has 16 bits for its place");
+
+struct Head {
+    long long field[HEAD];
+};
+
+// What the caller's ids say: experts, of which `table` knows the slot, or slots already.
+struct Choices {
+    const void* ids;
+    const int* table;  // [experts], or null: ids are slots
+    u32 known;         // ids below it name something
+    u32 wide;          // 1: ids are of 8 bytes, 0: of 4
+
+    // Both without a branch, so that the loads of many cells are under way together.
+    //
+    // Whether the choice counts.
+    inline bool names(u32 cell) const { return id(cell) < known; }
+    // -1 for no choice, -2 for an id that names nothing.
+    inline int slot(u32 cell) const {
+        const u64 named = id(cell);
+        const bool good = named < known;
+        const int found = __ldg(table ? table + (good ? named : 0) : static_cast<const int*>(ids));
+        return good ? table ? found : (int)named : named == ~0ull ? -1 : -2;
+    }
+    inline u64 id(u32 cell) const {
+        const int* at = static_cast<const int*>(ids) + ((u64)cell << wide);
+        const int low = __ldg(at), high = __ldg(at + wide);
+        return (u64)(u32)(wide ? high : low >> 31) << 32 | (u32)low;
+    }
+};
+
+// What a CTA that tells has in shared memory, while the ring is not in use.
+struct Telling {
+    int count[LOCAL];      // choices of each slot
+    int begin[LOCAL + 1];  // where this part's entries begin in the list; last: its end
+    u32 entry[PART];       // of each cell: slot << 16 | which choice of that slot in this part
+};
+static_assert(sizeof(Telling) <= 196608, "max_rows is too large to be told");
+
+// All threads of all CTAs: my rows into my slab.
+inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows) {
+    const u64 threads = (u64)gridDim.x * blockDim.x;
+    const u64 mine = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 quads = (u64)rows * (RECORD / 16);
+    Quad* to = at<Quad>(world, world.rank, ROWS_AT);
+    const Quad* from = reinterpret_cast<const Quad*>(x);
+    constexpr int LOADS = 8;  // under way at a time
+    for (u64 i = mine; i < quads; i += LOADS * threads) {
+        Quad q[LOADS];
+#pragma unroll
+        for (int u = 0; u < LOADS; ++u)
+            if (i + u * threads < quads) q[u] = from[i + u * threads];
+#pragma unroll
+        for (int u = 0; u < LOADS; ++u)
+            if (i + u * threads < quads) to[i + u * threads] = q[u];
+    }
+    if (WEIGHT_IN_FC2) {
+        float* w = at<float>(world, world.rank, WEIGHTS_AT);
+        for (u64 i = mine; i < rows * CHOICES; i += threads) w[i] = weights[i];
+    }
+    fence_async_global();  // peers read the rows with the copy engine
+}
+
+// One CTA of those that tell: a part of my rows, one peer.
+struct Teller {
+    const World& world;
+    const Private& mine;
+    const Choices& choices;
+    Telling& t;
+    const u32 peer, part, from, to;  // cells from .. to - 1
+
+    inline Teller(const World& world, const Private& mine, const Choices& choices, u32 rows,
+                  Telling& t)
+        : world(world), mine(mine), choices(choices), t(t),
+          peer((world.rank + 1 + blockIdx.x) % RANKS), part(blockIdx.x / RANKS),
+          from(share(rows, blockIdx.x / RANKS)), to(share(rows, blockIdx.x / RANKS + 1)) {}
+
+    static inline u32 share(u32 rows, u32 part) {
+        const u32 all = rows * CHOICES;
+        return min(all, part * ((all + PARTS - 1) / PARTS));
+    }
+
+    // How many choices this part has of each slot of the peer, for all to see.
+    inline void count() const {
+        for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) t.count[l] = 0;
+        __syncthreads();
+        constexpr u32 LOADS = 8;  // each takes a microsecond
+        for (u32 c = from + threadIdx.x; c < to; c += LOADS * blockDim.x) {
+            int s[LOADS];
+#pragma unroll
+            for (u32 u = 0; u < LOADS; ++u) {
+                const u32 cell = c + u * blockDim.x;
+                s[u] = cell < to ? choices.slot(cell) : -1;
+            }
+#pragma unroll
+            for (u32 u = 0; u < LOADS; ++u) {
+                const u32 cell = c + u * blockDim.x, slot = s[u];
+                if (cell >= to) break;
+                u32 entry = NOT_THEIRS;
+                if (slot < SLOTS && slot / LOCAL == peer)
+                    entry = slot % LOCAL << 16 | (u32)atomicAdd(&t.count[slot % LOCAL], 1);
+                else if (slot >= SLOTS && s[u] != -1 && peer == world.rank)
+                    atomicAdd(mine.epoch + BAD, 1);
+                t.entry[cell - from] = entry;
+            }
+        }
+        __syncthreads();
+        for (int l = threadIdx.x; l < LOCAL; l += blockDim.x)
+            mine.parts[part * SLOTS + peer * LOCAL + l] = t.count[l];
+    }
+
+    // When all have counted: my entries into the peer's list; from the first part also the counts of
+    // all slots and the head.  `t.begin[LOCAL]` is then how many rows I ask of the peer.
+    inline void list(const Head& head) const {
+        for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) {
+            int before = 0;
+            t.count[l] = sum_of_parts(peer * LOCAL + l, before);
+            t.begin[l] = before;
+        }
+        __syncthreads();
+        if (threadIdx.x < 32) {
+            int base = 0;
+#pragma unroll 1
+            for (int first = 0; first < LOCAL; first += 32) {
+                const int l = first + lane_index(), n = l < LOCAL ? t.count[l] : 0, sum = scanned(n);
+                if (l < LOCAL) t.begin[l] += base + sum - n;
+                base += __shfl_sync(~0u, sum, 31);
+            }
+            if (threadIdx.x == 0) t.begin[LOCAL] = base;
+        }
+        __syncthreads();
+        u32* list = at<u32>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
+        for (u32 c = from + threadIdx.x; c < to; c += blockDim.x) {
+            const u32 entry = t.entry[c - from];
+            if (entry == NOT_THEIRS) continue;
+            const u32 place = t.begin[entry >> 16] + (entry & 0xffff);
+            if (place < CELLS) list[place] = c;  // more only if a part was not counted: after a fault
+        }
+        if (part) return;
+        int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
+        long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
+        int before = 0;
+        for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) counts[s] = sum_of_parts(s, before);
+        if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
+    }
+
+    // All parts' choices of a slot, and those of the parts before this one.
+    inline int sum_of_parts(u32 slot, int& before) const {
+        int all = 0;
+#pragma unroll
+        for (u32 p = 0; p < PARTS; ++p) {
+            const int n = mine.parts[p * SLOTS + slot];
+            all += n;
+            if (p < part) before += n;
+        }
+        return all;
+    }
+};
+
+// All threads of a CTA, of all: the round's beginning, up to the words C of this rank.
+inline void tell(const World& world, const Private& mine, const u8* x, const Choices& choices,
+                 const float* weights, u32 rows, const Head& head, Telling& t, u32 epoch, u32 round) {
+    const bool sound = !faulted(world), tells = blockIdx.x < TELLERS;
+    const Teller teller(world, mine, choices, rows, t);
+    if (sound && tells) teller.count();
+    __syncthreads();
+    if (tells && threadIdx.x == 0) add_release(mine.epoch + PARTS_IN, 1);
+    if (sound) stage_rows(world, x, weights, rows);
+    if (tells && threadIdx.x == 0) await_count(world, mine.epoch + PARTS_IN, (epoch + 1) * TELLERS);
+    __syncthreads();
+    if (sound && tells) teller.list(head);
+    fence_async();  // the copy engine fills this shared memory next
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x) return;
+    add_release(mine.epoch + STAGED, 1);
+    if (sound && blockIdx.x < RANKS && await_count(world, mine.epoch + STAGED, (epoch + 1) * gridDim.x))
+        publish(world, WORD_C, teller.peer, round, t.begin[LOCAL]);
+}
