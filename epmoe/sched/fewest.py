@@ -11,12 +11,15 @@ W counts the placements that are looked at together, O experts with several slot
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from epmoe.sched.moves import aligned
 from epmoe.sched.placement import Placement
 from epmoe.sched.search import GAIN, Floats, Ints, rank_loads
 
-WIDTHS = (4, 16, 64)  # placements kept for each number of moves, in searches one after the other
+Names = npt.NDArray[np.uint64]
+# Placements kept for each number of moves, in searches one after the other.
+WIDTHS = (4, 16, 64, 256)
 EFFORT = 16_000_000  # scores for a layer that would move all its slots, 0.1 s; others in proportion
 TURN = 20_000  # scores that one more number of moves costs as much as, whatever the width
 
@@ -32,7 +35,8 @@ def fewest(loads_E: Floats, old: Placement, limit: float, below: int) -> Placeme
     (2, 1, 2, 0)
     """
     spare = min(old.experts, old.slots - old.experts)
-    scores = spare * old.experts * old.ranks + old.slots**2
+    # Gifts, and swaps with the slots of full ranks, say a quarter.
+    scores = spare * old.experts * old.ranks + old.slots**2 // 4
     effort, found = EFFORT * below / old.slots, None
     for width in WIDTHS:
         turn = TURN + width * scores
@@ -59,9 +63,12 @@ class _Search:
         self.rank_S = np.arange(old.slots) // old.slots_per_rank
         start_1S = np.array([old.expert_of_S])
         self.old_RE = self.held(start_1S)[0]
-        # By moves: excess [K] and placements [K, S] that some change led to.
-        self.waiting: list[list[tuple[Floats, Ints]]] = [[] for _ in range(most + 1)]
-        self.waiting[0].append((np.array([np.inf]), start_1S))
+        # What a rank holds and held is a sum of marks; the sum of those, mixed, names a placement.
+        self.mark_E = _mixed(np.arange(1, self.experts + 1, dtype=np.uint64))
+        self.was_R = _mixed(self.marks(self.old_RE))
+        # By moves: excess [K], names [K] and placements [K, S] that some change led to.
+        self.waiting: list[list[tuple[Floats, Names, Ints]]] = [[] for _ in range(most + 1)]
+        self.waiting[0].append((np.array([np.inf]), np.zeros(1, np.uint64), start_1S))
         self.turns = 0  # numbers of moves looked at
 
     def found(self) -> Ints | None:
@@ -69,8 +76,7 @@ class _Search:
         for moved in range(self.most + 1):
             if not self.waiting[moved]:
                 continue
-            excess_K = np.concatenate([excess for excess, _ in self.waiting[moved]])
-            rows_KS = np.concatenate([rows for _, rows in self.waiting[moved]])
+            excess_K, name_K, rows_KS = map(np.concatenate, zip(*self.waiting[moved], strict=True))
             done_KS = rows_KS[excess_K <= GAIN * self.limit]
             loads_KE = np.tile(self.loads_E, (len(done_KS), 1))
             top_K = rank_loads(loads_KE, done_KS, self.ranks).max(1)
@@ -79,7 +85,7 @@ class _Search:
                 first_S: Ints = done_KS[0]
                 return first_S
             if moved < self.most:
-                self.change(moved, rows_KS[self.distinct(excess_K)[: self.width]])
+                self.change(moved, rows_KS[self.lowest(excess_K, name_K)[: self.width]])
             self.waiting[moved].clear()
         return None
 
@@ -91,31 +97,49 @@ class _Search:
         over_WR = (held_WRE * (self.loads_E / count_WE)[:, None]).sum(2) - self.limit
         comes_WRE = (held_WRE >= self.old_RE).astype(np.int64)  # moves that one more costs
         goes_WRE = (held_WRE > self.old_RE).astype(np.int64)  # and that one less saves
-        gifts, swaps = (
-            self.gifts(held_WRE, count_WE, over_WR),
-            self.swaps(rows_WS, self.loads_E / count_WE, over_WR),
-        )
-        excess_K, w_K, rank_K, out_K, into_K = gifts
-        after_K = moved + comes_WRE[w_K, rank_K, into_K] - goes_WRE[w_K, rank_K, out_K]
+        marks_WR = self.marks(held_WRE) + self.was_R
+        part_WR = _mixed(marks_WR)
+        name_W = part_WR.sum(1)
+
+        def changed(w_K: Ints, rank_K: Ints, out_K: Ints, into_K: Ints) -> tuple[Ints, Names]:
+            """The moves that this adds, and to the name."""
+            costs_K = comes_WRE[w_K, rank_K, into_K] - goes_WRE[w_K, rank_K, out_K]
+            marks_K = marks_WR[w_K, rank_K] + self.mark_E[into_K] - self.mark_E[out_K]
+            return costs_K, _mixed(marks_K) - part_WR[w_K, rank_K]
+
+        excess_K, w_K, rank_K, out_K, into_K = self.gifts(held_WRE, count_WE, over_WR)
         slot_K = ((rows_WS[w_K] == out_K[:, None]) & (self.rank_S == rank_K[:, None])).argmax(1)
-        self.wait(moved, after_K, excess_K, rows_WS[w_K], slot_K, into_K)
-        excess_K, w_K, slot_K, other_K = swaps
+        costs_K, adds_K = changed(w_K, rank_K, out_K, into_K)
+        name_K = name_W[w_K] + adds_K
+        self.wait(moved, costs_K, excess_K, name_K, rows_WS, w_K, (slot_K, into_K))
+
+        excess_K, w_K, slot_K, other_K = self.swaps(rows_WS, self.loads_E / count_WE, over_WR)
         out_K, into_K = rows_WS[w_K, slot_K], rows_WS[w_K, other_K]
-        rank_K, far_K = self.rank_S[slot_K], self.rank_S[other_K]
-        after_K = moved + comes_WRE[w_K, rank_K, into_K] - goes_WRE[w_K, rank_K, out_K]
-        after_K += comes_WRE[w_K, far_K, out_K] - goes_WRE[w_K, far_K, into_K]
-        self.wait(moved, after_K, excess_K, rows_WS[w_K], slot_K, into_K, other_K, out_K)
+        costs_K, adds_K = changed(w_K, self.rank_S[slot_K], out_K, into_K)
+        more_K, too_K = changed(w_K, self.rank_S[other_K], into_K, out_K)
+        name_K = name_W[w_K] + adds_K + too_K
+        both = (slot_K, into_K), (other_K, out_K)
+        self.wait(moved, costs_K + more_K, excess_K, name_K, rows_WS, w_K, *both)
 
     def wait(
-        self, moved: int, after_K: Ints, excess_K: Floats, rows_KS: Ints, *changes_K: Ints
+        self,
+        moved: int,
+        costs_K: Ints,
+        excess_K: Floats,
+        name_K: Names,
+        rows_WS: Ints,
+        w_K: Ints,
+        *changes: tuple[Ints, Ints],
     ) -> None:
-        """Carry out the changes (slots, experts, slots, experts); leave out those that go back."""
-        k = np.arange(len(rows_KS))
-        for slot_K, expert_K in zip(changes_K[::2], changes_K[1::2], strict=True):
-            rows_KS[k, slot_K] = expert_K
-        for after in range(moved + 1, min(moved + 2, self.most) + 1):
-            if (at := after_K == after).any():
-                self.waiting[after].append((excess_K[at], rows_KS[at]))
+        """Carry out the best changes (slots, experts); leave out those that go back."""
+        k = self.lowest(excess_K, name_K)[: 2 * self.width]
+        rows_KS = rows_WS[w_K[k]]
+        for slot_K, expert_K in changes:
+            rows_KS[np.arange(len(k)), slot_K[k]] = expert_K[k]
+        for cost in range(1, min(2, self.most - moved) + 1):
+            if (at := costs_K[k] == cost).any():
+                found = (excess_K[k][at], name_K[k][at], rows_KS[at])
+                self.waiting[moved + cost].append(found)
 
     def gifts(
         self, held_WRE: Ints, count_WE: Ints, over_WR: Floats
@@ -142,46 +166,58 @@ class _Search:
         score_WOER[w1, np.arange(most), out_WO] = np.inf
         none_WOR = (held_WOR == 0) | (count_WE[w1, out_WO] < 2)[:, :, None]
         score_WOER += np.where(none_WOR, np.inf, 0)[:, :, None]
-        score_K, (w_K, o_K, into_K, rank_K) = self.lowest(score_WOER)
+        score_K, (w_K, o_K, into_K, rank_K) = self.some(score_WOER)
         return score_K, w_K, rank_K, out_WO[w_K, o_K], into_K
 
     def swaps(
         self, rows_WS: Ints, each_WE: Floats, over_WR: Floats
     ) -> tuple[Floats, Ints, Ints, Ints]:
-        """A slot of a rank above the limit against one of another rank, from [W, S, S] scores.
+        """A slot of a rank above the limit against one of another rank, from [W, F, S] scores.
 
-        Returns excess, placement, slot, other slot of the best.
+        Returns excess, placement, slot, other slot of the best.  F counts slots of full ranks.
         """
+        w1 = np.arange(len(rows_WS))[:, None]
         each_WS = np.take_along_axis(each_WE, rows_WS, 1)
         over_WS = over_WR[:, self.rank_S]
         excess_WS = np.maximum(over_WS, 0)
-        shift_WSS = each_WS[:, :, None] - each_WS[:, None, :]
-        score_WSS = np.maximum(over_WS[:, :, None] - shift_WSS, 0)
-        score_WSS += np.maximum(over_WS[:, None, :] + shift_WSS, 0)
-        score_WSS -= excess_WS[:, :, None] + excess_WS[:, None, :]
-        score_WSS += np.maximum(over_WR, 0).sum(1)[:, None, None]
-        score_WSS[np.broadcast_to((over_WS <= 0)[:, :, None], score_WSS.shape)] = np.inf
-        score_WSS[:, self.rank_S[:, None] == self.rank_S] = np.inf
-        score_K, (w_K, slot_K, other_K) = self.lowest(score_WSS)
-        return score_K, w_K, slot_K, other_K
+        most = int((over_WS > 0).sum(1).max())
+        full_WF = np.argsort(over_WS <= 0, axis=1, kind="stable")[:, :most]
+        over_WF = over_WS[w1, full_WF]
+        shift_WFS = each_WS[w1, full_WF][:, :, None] - each_WS[:, None, :]
+        score_WFS = np.maximum(over_WF[:, :, None] - shift_WFS, 0)
+        score_WFS += np.maximum(over_WS[:, None, :] + shift_WFS, 0)
+        score_WFS -= over_WF[:, :, None] + excess_WS[:, None, :]
+        score_WFS += np.maximum(over_WR, 0).sum(1)[:, None, None]
+        score_WFS[over_WF <= 0] = np.inf
+        score_WFS[self.rank_S[full_WF][:, :, None] == self.rank_S] = np.inf
+        score_K, (w_K, full_K, other_K) = self.some(score_WFS)
+        return score_K, w_K, full_WF[w_K, full_K], other_K
 
-    def lowest(self, score: Floats) -> tuple[Floats, tuple[Ints, ...]]:
-        """The lowest scores that differ, twice as many as are kept; and where they are."""
+    def some(self, score: Floats) -> tuple[Floats, tuple[Ints, ...]]:
+        """The lowest scores and where they are: more than are kept, as many will be equal."""
         flat = score.ravel()
         some = min(len(flat), 16 * self.width)
         at = np.argpartition(flat, some - 1)[:some] if some else np.zeros(0, np.int64)
         at = at[np.isfinite(flat[at])]
-        at = at[self.distinct(flat[at])[: 2 * self.width]]
         return flat[at], np.unravel_index(at, score.shape)
 
-    def distinct(self, excess_K: Floats) -> Ints:
-        """Where different values are, ascending.
+    def lowest(self, excess_K: Floats, name_K: Names) -> Ints:
+        """Where the lowest excess is, ascending: one placement of each value, as the others are
+        mostly alike.
 
-        Equal excess is nearly always the same change on a rank that holds the same.
+        But what a rank below the limit holds does not show in it: the widest search takes the
+        others too, each name once, after those.
         """
         order_K = np.argsort(excess_K, kind="stable")
+        order_K = order_K[np.sort(np.unique(name_K[order_K], return_index=True)[1])]
         new_K = np.diff(excess_K[order_K], prepend=-np.inf) > GAIN * self.limit
-        return order_K[new_K]
+        others_K = order_K[~new_K] if self.width == WIDTHS[-1] else order_K[:0]
+        return np.concatenate((order_K[new_K], others_K))
+
+    def marks(self, held_RE: Ints) -> Names:
+        """The sum of the marks of what every rank holds."""
+        sums_R: Names = (held_RE.astype(np.uint64) * self.mark_E).sum(-1)
+        return sums_R
 
     def held(self, rows_WS: Ints) -> Ints:
         """How many slots of every rank hold every expert."""
@@ -190,3 +226,10 @@ class _Search:
         bins_WS = bins_WS + np.arange(len(rows_WS))[:, None] * cells
         counts = np.bincount(bins_WS.ravel(), minlength=len(rows_WS) * cells)
         return counts.reshape(len(rows_WS), self.ranks, self.experts)
+
+
+def _mixed(value: Names) -> Names:
+    """Well spread bits: sums of these are equal for equal terms only, as good as always."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
