@@ -69,8 +69,8 @@ def test_never_worse_than_published_and_after_a_drift_with_a_fraction_of_its_mov
             theirs, ours, cases = theirs + their, ours + our, cases + 1
             over_half += 2 * our > their
     assert cases == shapes * 50
-    assert ours <= 0.08 * theirs  # seen: 0.065
-    assert over_half <= 0.035 * cases  # seen: 0.025; fewer were proved impossible in most of them
+    assert ours <= 0.08 * theirs  # seen: 0.061
+    assert over_half <= 0.035 * cases  # seen: 0.024; fewer were proved impossible in most of them
 
 
 def test_speed_of_sixty_large_layers():
