@@ -116,8 +116,8 @@ class FusedOps:
         self._weights = (w1, w2, kept.get("b" + up), kept.get("b2"))
         pools = [self._kept[name] for name in SHARED_POOLS]
         own = [self._kept[name] for name in ("progress", "parts", "scratch", "numbers")]
-        addresses = [t.data_ptr() for t in (self.loads, *pools, *own, self.notes, w1)]
-        private = struct.pack("<12Q", *addresses, w1.nbytes)
+        addresses = [t.data_ptr() for t in (self.loads, *pools, *own, self.notes)]
+        private = struct.pack("<10Q", *addresses)
         rows, mid = (self._kept[n].unsqueeze(0) for n in ("rows", "mid"))
         for cut, kernel in self._kernels.items():
             boxes: tuple[tuple[Tensor, int], ...]

@@ -49,15 +49,16 @@ def cut_of(config: MoEConfig, ranks: int, capacity: int) -> Cut:
     """How a round of at most ``capacity`` rows a rank is cut; from rank-identical numbers only.
 
     FEW where a slot expects so few rows that streaming weights is all that counts.  SOME where MANY
-    has so few tiles that SMs would stand idle.  Two GPUs with the load of 8, FEW / SOME / MANY,
-    microseconds: dsv3 at 32 rows a slot 718 / 738 / -, qwen3-30b at 8: 75 / 80 / -, at 64: 93 / 88 /
-    95, at 256: - / 147 / 134; qwen3-235b at 64: 225 / 204 / 210.
+    has so few tiles, or each so few rows, that SMs would stand idle.  Load of 8, FEW / SOME / MANY in
+    microseconds: dsv3 at 32 rows a slot 718 / 738 / -, at 64: - / 757 / 759; qwen3-30b at 8: 75 / 80
+    / -, at 64: 93 / 88 / 95, at 128: - / 92 / 99, at 256: - / 147 / 134; qwen3-235b at 64: 225 / 204
+    / 210, at 96: - / 202 / 206, at 128: - / 243 / 225; mixtral (two slots) at 128: - / 256 / 297.
     """
-    rows = capacity * config.choices * ranks
-    if rows <= 32 * config.places:
+    rows, places = capacity * config.choices * ranks, config.places
+    if rows <= 32 * places:
         return FEW
-    blocks = config.slots_per_rank(ranks) * -(-rows // (BLOCK * config.places))
-    return SOME if blocks * -(-config.hidden // MANY.columns) <= 64 else MANY
+    tiles = places // ranks * -(-rows // (BLOCK * places)) * -(-config.hidden // MANY.columns)
+    return SOME if rows <= 96 * places or tiles <= 128 and rows <= 256 * places else MANY
 
 
 def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:

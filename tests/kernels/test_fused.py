@@ -74,9 +74,11 @@ def test_other_activations_spill_little(activation):
 def test_how_a_round_is_cut_counts_the_rows_of_all_ranks_together():
     dsv3 = config("dsv3", max_rows=1024)
     assert cut_of(dsv3, 8, 128) == FEW  # 32 rows a slot
-    assert cut_of(dsv3, 8, 129) == MANY
+    assert cut_of(dsv3, 8, 129) == SOME
+    assert cut_of(dsv3, 8, 384) == SOME  # 96 rows a slot
+    assert cut_of(dsv3, 8, 385) == MANY
     assert cut_of(dsv3, 1, 1024) == FEW
-    assert cuts(dsv3, 8) == (FEW, MANY)
+    assert cuts(dsv3, 8) == (FEW, SOME, MANY)
     assert cuts(dsv3, 1) == (FEW,)
 
 

@@ -30,8 +30,6 @@ struct Private {
     int* scratch;    // [grid][LIVE_WORDS], where the table does not fit into shared memory
     u32* epoch;      // see Counter
     u64* trace;      // trace.cuh, written with TRACE only
-    const u8* weights;  // of the first GEMM
-    u64 weight_bytes;
 };
 enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, FINISHED, BAD, NEXT, CAME };
 // PARTS_IN counts CTAs that have written their part of `parts`, STAGED those whose rows and list

@@ -214,11 +214,6 @@ inline void bulk_store(void* to, u32 from, u32 bytes) {
                  : "memory");
 }
 
-// Into L2 only; nothing says when.
-inline void prefetch_bulk(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // At most `left` groups of this thread still read shared memory.

@@ -45,16 +45,6 @@ inline int rows_of(const World& world, int l) {
     return sum;
 }
 
-// One thread of a CTA that multiplies: weights of the first slots into L2 while the counts are not
-// known yet and the memory is idle; they are most likely needed if a slot expects rows at all.
-inline void prefetch_weights(const Private& mine, u32 rows) {
-    constexpr u64 PART = 16384, MOST = 24 << 20;  // half of L2, 6 us of the memory's time
-    if (rows * CHOICES * RANKS < 2 * SLOTS) return;
-    const u64 end = min(mine.weight_bytes, MOST), step = (gridDim.x - COMM) * PART;
-    for (u64 at = (blockIdx.x - COMM) * PART; at < end; at += step)
-        prefetch_bulk(mine.weights + at, min(PART, end - at));
-}
-
 // The last CTA of the launch to get here opens the next one.
 inline void leave(const World& world, const Private& mine, bool good) {
     __threadfence();
@@ -114,7 +104,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp == FEEDS && lane_index() == 0) {
         init_tiles(base);
         prefetch_maps(maps);
-        if (blockIdx.x >= COMM) prefetch_weights(mine, call.rows);
     }
     tell(world, mine, call.x, call.choices, call.weights, call.rows, call.head,
          *reinterpret_cast<Telling*>(shared), epoch_now(mine), round_now(world));

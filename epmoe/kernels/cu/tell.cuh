@@ -1,8 +1,9 @@
 // How a round begins: rows into my slab, and into every peer's mailbox what I ask of its slots.
 //
 // A list for a peer has my choices of its slots, slot by slot.  PARTS CTAs make it together, each of
-// a part of my rows: they count, stage rows while the others still count, and write their entries
-// where the parts before them end.  (One CTA for a whole peer took 42 us for 2,048 rows.)
+// a part of my rows: they count, and write their entries where the parts before them end.  (One CTA
+// for a whole peer took 42 us for 2,048 rows.)  A warpgroup of each does that while the others of all
+// CTAs stage rows: each is a chain of loads that take a microsecond.
 #pragma once
 #include "exchange.cuh"
 
@@ -48,10 +49,10 @@ struct Telling {
 };
 static_assert(sizeof(Telling) <= 196608, "max_rows is too large to be told");
 
-// All threads of all CTAs: my rows into my slab.
+// All CTAs, but for their first warpgroup: my rows into my slab.
 inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows) {
-    const u64 threads = (u64)gridDim.x * blockDim.x;
-    const u64 mine = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 stagers = THREADS - 128, threads = gridDim.x * stagers;
+    const u64 mine = blockIdx.x * stagers + threadIdx.x - 128;
     const u64 quads = (u64)rows * (RECORD / 16);
     Quad* to = at<Quad>(world, world.rank, ROWS_AT);
     const Quad* from = reinterpret_cast<const Quad*>(x);
@@ -72,7 +73,7 @@ inline void stage_rows(const World& world, const u8* x, const float* weights, u3
     fence_async_global();  // peers read the rows with the copy engine
 }
 
-// One CTA of those that tell: a part of my rows, one peer.
+// The first warpgroup of a CTA that tells: a part of my rows, one peer.
 struct Teller {
     const World& world;
     const Private& mine;
@@ -93,19 +94,19 @@ struct Teller {
 
     // How many choices this part has of each slot of the peer, for all to see.
     inline void count() const {
-        for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) t.count[l] = 0;
-        __syncthreads();
+        for (int l = threadIdx.x; l < LOCAL; l += 128) t.count[l] = 0;
+        group_sync(1);
         constexpr u32 LOADS = 8;  // each takes a microsecond
-        for (u32 c = from + threadIdx.x; c < to; c += LOADS * blockDim.x) {
+        for (u32 c = from + threadIdx.x; c < to; c += LOADS * 128) {
             int s[LOADS];
 #pragma unroll
             for (u32 u = 0; u < LOADS; ++u) {
-                const u32 cell = c + u * blockDim.x;
+                const u32 cell = c + u * 128;
                 s[u] = cell < to ? choices.slot(cell) : -1;
             }
 #pragma unroll
             for (u32 u = 0; u < LOADS; ++u) {
-                const u32 cell = c + u * blockDim.x, slot = s[u];
+                const u32 cell = c + u * 128, slot = s[u];
                 if (cell >= to) break;
                 u32 entry = NOT_THEIRS;
                 if (slot < SLOTS && slot / LOCAL == peer)
@@ -115,20 +116,20 @@ struct Teller {
                 t.entry[cell - from] = entry;
             }
         }
-        __syncthreads();
-        for (int l = threadIdx.x; l < LOCAL; l += blockDim.x)
+        group_sync(1);
+        for (int l = threadIdx.x; l < LOCAL; l += 128)
             mine.parts[part * SLOTS + peer * LOCAL + l] = t.count[l];
     }
 
     // When all have counted: my entries into the peer's list; from the first part also the counts of
     // all slots and the head.  `t.begin[LOCAL]` is then how many rows I ask of the peer.
     inline void list(const Head& head) const {
-        for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) {
+        for (int l = threadIdx.x; l < LOCAL; l += 128) {
             int before = 0;
             t.count[l] = sum_of_parts(peer * LOCAL + l, before);
             t.begin[l] = before;
         }
-        __syncthreads();
+        group_sync(1);
         if (threadIdx.x < 32) {
             int base = 0;
 #pragma unroll 1
@@ -139,9 +140,9 @@ struct Teller {
             }
             if (threadIdx.x == 0) t.begin[LOCAL] = base;
         }
-        __syncthreads();
+        group_sync(1);
         u32* list = at<u32>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
-        for (u32 c = from + threadIdx.x; c < to; c += blockDim.x) {
+        for (u32 c = from + threadIdx.x; c < to; c += 128) {
             const u32 entry = t.entry[c - from];
             if (entry == NOT_THEIRS) continue;
             const u32 place = t.begin[entry >> 16] + (entry & 0xffff);
@@ -151,7 +152,7 @@ struct Teller {
         int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
         long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
         int before = 0;
-        for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) counts[s] = sum_of_parts(s, before);
+        for (int s = threadIdx.x; s < SLOTS; s += 128) counts[s] = sum_of_parts(s, before);
         if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
     }
 
@@ -171,15 +172,22 @@ struct Teller {
 // All threads of a CTA, of all: the round's beginning, up to the words C of this rank.
 inline void tell(const World& world, const Private& mine, const u8* x, const Choices& choices,
                  const float* weights, u32 rows, const Head& head, Telling& t, u32 epoch, u32 round) {
-    const bool sound = !faulted(world), tells = blockIdx.x < TELLERS;
+    // Of an earlier launch: to acquire it would hold back all other loads for a microsecond.
+    const bool sound = !*reinterpret_cast<const volatile u32*>(world.fault);
+    const bool tells = blockIdx.x < TELLERS;
     const Teller teller(world, mine, choices, rows, t);
-    if (sound && tells) teller.count();
-    __syncthreads();
-    if (tells && threadIdx.x == 0) add_release(mine.epoch + PARTS_IN, 1);
-    if (sound) stage_rows(world, x, weights, rows);
-    if (tells && threadIdx.x == 0) await_count(world, mine.epoch + PARTS_IN, (epoch + 1) * TELLERS);
-    __syncthreads();
-    if (sound && tells) teller.list(head);
+    if (threadIdx.x >= 128) {
+        if (sound) stage_rows(world, x, weights, rows);
+    } else if (tells) {
+        if (sound) teller.count();
+        group_sync(1);
+        if (threadIdx.x == 0) {
+            add_release(mine.epoch + PARTS_IN, 1);
+            await_count(world, mine.epoch + PARTS_IN, (epoch + 1) * TELLERS);
+        }
+        group_sync(1);
+        if (sound) teller.list(head);
+    }
     fence_async();  // the copy engine fills this shared memory next
     __threadfence_system();
     __syncthreads();
