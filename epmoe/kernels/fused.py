@@ -189,7 +189,7 @@ def compiled(
 ) -> CompiledKernel:
     """The kernel for this layer's shapes and offsets; needs no GPU."""
     ring = ring_blocks(config, ranks, grid, communicators, among or cuts(config, ranks))
-    at, communicators = placed.lanes[lane][layer], communicators or movers(config, cut)
+    at, communicators = placed.lanes[lane][layer], communicators or movers(cut)
     defines: dict[str, int | str] = {
         "RANKS": ranks,
         "LOCAL": config.slots_per_rank(ranks),

@@ -14,6 +14,7 @@ from epmoe.kernels.gemm import BLOCK
 
 LAG = 2  # FC2 of a block comes this many times all clusters' tiles behind its FC1
 GROUP = 16  # cu/tiles.cuh
+MOST_CELLS = 1 << 19  # a part of them is kept in shared memory (cu/tell.cuh)
 SHARED_POOLS = ("homes", "scale", "rows", "mid")
 
 
@@ -42,17 +43,23 @@ def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
             f"hidden and inner must be multiples of 64 on a GPU, "
             f"got {config.hidden}, {config.inner}"
         )
+    if config.max_rows * config.choices > MOST_CELLS:
+        return ValueError(
+            f"max_rows times choices must be at most {MOST_CELLS} on a GPU, "
+            f"got {config.max_rows} x {config.choices}"
+        )
     return None
 
 
 def cut_of(config: MoEConfig, ranks: int, capacity: int) -> Cut:
     """How a round of at most ``capacity`` rows a rank is cut; from rank-identical numbers only.
 
-    FEW where a slot expects so few rows that streaming weights is all that counts.  SOME where MANY
-    has so few tiles, or each so few rows, that SMs would stand idle.  Load of 8, FEW / SOME / MANY in
-    microseconds: dsv3 at 32 rows a slot 718 / 738 / -, at 64: - / 757 / 759; qwen3-30b at 8: 75 / 80
-    / -, at 64: 93 / 88 / 95, at 128: - / 92 / 99, at 256: - / 147 / 134; qwen3-235b at 64: 225 / 204
-    / 210, at 96: - / 202 / 206, at 128: - / 243 / 225; mixtral (two slots) at 128: - / 256 / 297.
+    FEW where a slot expects so few rows that streaming weights is all that counts.  SOME where
+    MANY has so few tiles, or each so few rows, that SMs would stand idle.  Load of 8, FEW / SOME /
+    MANY in microseconds: dsv3 at 32 rows a slot 718 / 738 / -, at 64: - / 757 / 759; qwen3-30b at
+    8: 75 / 80 / -, at 64: 93 / 88 / 95, at 128: - / 92 / 99, at 256: - / 147 / 134; qwen3-235b at
+    64: 225 / 204 / 210, at 96: - / 202 / 206, at 128: - / 243 / 225; mixtral (two slots) at 128:
+    - / 256 / 297.
     """
     rows, places = capacity * config.choices * ranks, config.places
     if rows <= 32 * places:
@@ -68,17 +75,14 @@ def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
     return tuple(dict.fromkeys(cut_of(config, ranks, c) for c in capacities))
 
 
-def movers(config: MoEConfig, cut: Cut) -> int:
+def movers(cut: Cut) -> int:
     """CTAs that pull rows before they multiply, whole clusters of 2.
 
-    The smaller the experts, the more bytes move for each product; and where rows are few, nobody
-    can multiply before they are there.  One GPU with the load of 8, 8 / 16 / 32 of them, in
-    microseconds: dsv3 2,048 rows 2,283 / 2,320 / -; qwen3-30b 2,048: 344 / 318 / 335, 128 (SOME):
-    - / 81 / 78.
+    Where rows are few, nobody can multiply before they are there.  Load of 8, in microseconds with
+    8 / 16 / 24 / 32: on 2 GPUs qwen3-30b at 2,048 rows 451 / 350 / 355 / -, at 512 - / 134 / - /
+    139, dsv3 at 2,048 2,346 / 2,331 / - / -; on one qwen3-30b at 128 (SOME) - / 81 / - / 78.
     """
-    if cut != MANY:
-        return 32
-    return 8 if config.inner >= 2048 else 16
+    return 16 if cut == MANY else 32
 
 
 def most_blocks(config: MoEConfig, ranks: int) -> int:
@@ -98,22 +102,31 @@ def ring_blocks(
     """Blocks that have memory at a time, whichever kernel of ``among`` runs.
 
     Enough that nothing can wait for ever: FC1 runs ``lag`` and up to a group of either GEMM ahead
-    of FC2, and every row of a batch may lie in a block of its own; and some to ``spare``.
+    of FC2, and every row of a batch may lie in a block of its own; and enough for even routing.
     """
     columns = config.inner * (2 if config.gated else 1)
 
     def ahead(cut: Cut) -> int:
         tiles_of_block = -(-columns // (cut.columns * (1 if cut.tall else 2)))
-        return -(-lag(grid, communicators or movers(config, cut), cut) // tiles_of_block)
+        return -(-lag(grid, communicators or movers(cut), cut) // tiles_of_block)
 
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
-    most = max(ahead(cut) for cut in among) + 2 * GROUP + batch + spare(config, ranks)
-    return min(most_blocks(config, ranks), most)
+    must = max(ahead(cut) for cut in among) + 2 * GROUP + batch
+    return min(most_blocks(config, ranks), max(must + spare(), even_blocks(config, ranks)))
 
 
-def spare(config: MoEConfig, ranks: int) -> int:
-    """Blocks beyond those without which a round could wait for ever: how far pulls run ahead."""
-    return max(16, most_blocks(config, ranks) // 16)
+def spare() -> int:
+    """Blocks beyond those without which a round could wait for ever."""
+    return 16
+
+
+def even_blocks(config: MoEConfig, ranks: int) -> int:
+    """What full and even routing sends to one rank: then nobody ever waits for a place in the ring.
+
+    On 2 GPUs 2,048 rows of qwen3-235b took 1,009 microseconds, not 1,029, of dsv3 2,331, not 2,413.
+    """
+    rows = config.max_rows * config.choices
+    return -(-rows // BLOCK) + config.slots_per_rank(ranks)
 
 
 def lag(grid: int, communicators: int, cut: Cut) -> int:
@@ -140,7 +153,7 @@ def work_memory(
     among = among or cuts(config, ranks)
     ring = BLOCK * ring_blocks(config, ranks, grid, communicators, among)
     return {
-        "homes": ((ring,), torch.int64),
+        "homes": ((ring,), torch.int32),
         "scale": ((ring,), torch.float32),
         "rows": ((ring, config.hidden), torch.bfloat16),
         "mid": ((ring, config.inner), torch.bfloat16),

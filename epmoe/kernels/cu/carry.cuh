@@ -145,7 +145,7 @@ struct Carrier {
                 to = reinterpret_cast<u64>(mine.rows) + (u64)place * RECORD;
                 done = progress(mine, epoch, ARRIVED) + row / BLOCK;
                 if (lane_index() % PIECES == 0) {
-                    mine.homes[place] = world.slab[source_rank] + RESULTS_AT + (u64)cell * RESULT;
+                    mine.homes[place] = home_of(source_rank, cell);
                     if (WEIGHT_IN_FC2)
                         mine.scale[place] = at<float>(world, source_rank, WEIGHTS_AT)[cell];
                 }

@@ -59,12 +59,13 @@ inline void in_order(float& v) { asm volatile("" : "+f"(v)); }
 
 // What the epilogue of one GEMM needs besides the sums.
 struct Out {
-    u16* values;          // [pool, width], or null: each row goes to its home
+    u16* values;          // [pool, width], if rows stay here
     int width;            // columns of a row of `values`
     const u16* bias;      // [slots, 2 width or width], in the order of the weights, or null
     const float* scale;   // [pool], the router weight of a row, or null
     float limit;
-    const u64* homes;     // [pool], addresses, or null
+
+    inline u64 address_of(int row) const { return reinterpret_cast<u64>(values + (u64)row * width); }
 };
 
 // Results of two times 8 columns, as stmatrix takes them; `block` counts 8 columns of the GEMM, `left`

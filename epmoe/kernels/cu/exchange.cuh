@@ -21,7 +21,7 @@ constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
 // `epoch` launches so far.
 struct Private {
     u64* loads;      // [SLOTS] rows of every slot of all ranks, summed over rounds
-    u64* homes;      // [RING * BLOCK] where a row's results go: an address in a slab
+    u32* homes;      // [RING * BLOCK] where a row's results go: home_of(rank, cell)
     float* scale;    // [RING * BLOCK] router weights, if the second GEMM applies them
     u8* rows;        // [RING * BLOCK, RECORD]
     u16* mid;        // [RING * BLOCK, INNER]
@@ -36,11 +36,25 @@ enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, FINISHED, BAD, NEXT, CAME };
 // entries can be read, MOVED those that have pulled and sent all that they will.  NEXT is the next
 // tile of a counted order, 0 between launches.  CAME counts words that one CTA has seen for all: C,
 // then Y, of every launch.
+// Read anew each time: kept for the whole kernel, these are three registers too many.
+__shared__ u32* volatile counters;
+__shared__ volatile u32 this_epoch;
+inline u32* counter(const Private&, Counter which) { return counters + which; }
+
 enum Progress { ARRIVED, HALF, WHOLE, PROGRESS };  // rows in, FC1 tiles, FC2 tiles
 
 inline u32* progress(const Private& mine, u32 epoch, u32 which) {
     return mine.blocks + ((epoch & 1) * PROGRESS + which) * BLOCKS;
 }
+
+// The cell of a rank that a row's results go to, in one word.
+constexpr u32 HOMELESS = ~0u;
+inline u32 home_of(u32 rank, u32 cell) { return rank << 29 | cell; }
+inline u64 address_of(const World& world, u32 home) {  // 0: of no row
+    const u64 cell = home & 0x1fffffff;
+    return home == HOMELESS || home >> 29 >= RANKS ? 0 : world.slab[home >> 29] + RESULTS_AT + cell * RESULT;
+}
+static_assert(CELLS < 1 << 29, "a home has 29 bits for its cell");
 
 // Where a block, counted over all that comes, lies in the pools.
 inline int in_ring(u32 block) { return RING < BLOCKS ? block % RING : block; }
@@ -61,7 +75,7 @@ constexpr u32 tiles_of(int columns, int rows) {
 inline bool await_came(const World& world, const Private& mine, u32 target) {
     const u64 started = global_nanoseconds();
     const u64 limit = *reinterpret_cast<const u64*>(world.limit);
-    for (u32 turn = 0; (int)(load_acquire(mine.epoch + CAME) - target) < 0; ++turn) {
+    for (u32 turn = 0; (int)(load_acquire(counter(mine, CAME)) - target) < 0; ++turn) {
         __nanosleep(turn < 64 ? 50 : 500);
         if (turn % 64 == 63 && (faulted(world) || global_nanoseconds() - started > 2 * limit))
             return false;  // twice: who polls the words gives up first, and says why

@@ -35,7 +35,7 @@ inline void prefetch_maps(const Maps& maps) {
 inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base) {
     const u32 clusters = gridDim.x - COMM, all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
-    Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
+    Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(counter(mine, NEXT))};
     Tiles stream;
     Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {
@@ -68,7 +68,7 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
     Hands hands{base + HAND_AT};
     Laps laps(mine.trace, FEEDER, lane_index() == 0);
     for (;;) {
-        const Hand hand = hands.take();
+        const Hand hand = unpacked(hands.take());
         laps.lap(TAKE);
         if (hand.gemm == 2) break;
         if (lane_index() == 0) {
@@ -95,11 +95,11 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
 // A warpgroup: what it writes goes out by ordinary stores.  Each warp counts a tile when its own
 // stores are visible, not at once but when the next tile is under way: writing out and the fence
 // took 3 us a tile, in which nobody emptied the ring.
-inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
-                            u32 epoch, u32 group) {
+inline void multiply_stream(const World& world, const Private& mine, const Maps& maps,
+                            const Call& call, u32 base, u32 group) {
     const u32 staging = base + Weights::staging_at + group * CHUNK * PITCH;
-    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit, nullptr};
-    const Out whole{nullptr, HIDDEN, call.bias2, mine.scale, call.limit, mine.homes};
+    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit};
+    const Out whole{nullptr, HIDDEN, call.bias2, mine.scale, call.limit};
     Weights ring{base};
     Hands hands{base + HAND_AT};
     Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP, threadIdx.x % 128 == 0);
@@ -115,19 +115,22 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     for (;;) {
         if (!bar_test(hands.full(), hands.phase())) flush();
         laps.lap(FLUSH);
-        const Hand hand = hands.take();
+        const Hand hand = unpacked(hands.take());
         laps.lap(TAKE);
         if (hand.gemm == 2) break;
         const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
         const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
         if (hand.gemm)
-            narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(ring, whole, staging, n, group, steps, flush);
+            narrow_run<NONE, BIAS, BIAS && WEIGHT_IN_FC2>(
+                ring, whole, staging, n, group, steps, flush,
+                [&](int row) { return address_of(world, load_relaxed(mine.homes + row)); });
         else
-            narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps, flush);
+            narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps, flush,
+                                                 [&](int row) { return half.address_of(row); });
         laps.lap(hand.gemm ? FC2 : FC1);
         // Who waits for FC2 wants its rows' memory, not its results; those are seen to at the end.
         if ((RING < BLOCKS || !hand.gemm) && n.tile * TALL + (int)group * 64 < (hand.gemm ? HIDDEN : N1))
-            pending = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
+            pending = progress(mine, this_epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
     }
     flush();
     laps.end();

@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         registers_up<MULTIPLY_REGISTERS>();
         const u32 group = warp / 4, staging = base + STAGING_AT + group * STAGING_BYTES;
-        const Out out{values, WIDTH, bias, scale, limit, nullptr};
+        const Out out{values, WIDTH, bias, scale, limit};
         for (u32 t; (t = order.next(false)) < tiles;) {
             const Tile tile = wide_tile<SLOTS, COLUMNS>(before, t, rank);
             if (tile.none) continue;
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         registers_up<MULTIPLY_REGISTERS>();
         const u32 group = warp / 4, staging = base + ring.staging_at + group * CHUNK * PITCH;
-        const Out out{values, WIDTH, bias, scale, limit, nullptr};
+        const Out out{values, WIDTH, bias, scale, limit};
         u32 turn = 0;
         if (TALL == 64 && group == 1) turn_give(TURN);
         for (u32 t; (t = order.next(false)) < tiles;) {
@@ -107,7 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (TALL == 64 && turn++ % 2 != group)
                 ring.jump(K_STEPS);
             else
-                narrow_run<ACT, BIAS, SCALE>(ring, out, staging, n, group, K_STEPS, Nothing{});
+                narrow_run<ACT, BIAS, SCALE>(ring, out, staging, n, group, K_STEPS, Nothing{},
+                                             [&](int row) { return out.address_of(row); });
         }
     }
 }

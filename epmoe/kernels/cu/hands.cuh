@@ -58,16 +58,23 @@ struct Hands {
         bar_arrive(full());
         ++turn;
     }
-    inline Hand take() {  // a warp
+    inline Quad take() {  // a warp
         bar_wait(full(), phase());
-        const Quad q = load_shared(tile());
+        const Quad packed = load_shared(tile());
         __syncwarp();
         if (lane_index() == 0) bar_arrive(empty());
         ++turn;
-        return {(int)q.x & 3, (q.x & 4) != 0, (int)q.x >> 8 & 0xff, (int)q.x >> 16,
-                (int)q.y & 0xffff, (int)q.y >> 16, (int)q.z, (int)q.w};
+        return packed;
     }
 };
+
+inline Hand unpacked(const Quad& q) {
+    return {(int)q.x & 3, (q.x & 4) != 0, (int)q.x >> 8 & 0xff, (int)q.x >> 16,
+            (int)q.y & 0xffff, (int)q.y >> 16, (int)q.z, (int)q.w};
+}
+
+// Keeps a hand packed up to here: unpacked before the product it takes twice the registers.
+inline void hold(Quad& q) { asm volatile("" : "+r"(q.x), "+r"(q.y), "+r"(q.z), "+r"(q.w)); }
 
 inline void hands_init(u32 base) {
     bar_init(base + HANDS * HAND_BYTES, 1);

@@ -31,7 +31,7 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
     const u32 rank = cluster_rank(), clusters = (gridDim.x - COMM) / 2;
     const u32 all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
-    Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(mine.epoch + NEXT)};
+    Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(counter(mine, NEXT))};
     Tiles stream;
     Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {
@@ -73,7 +73,7 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
     Hands hands{base + HAND_AT};
     Laps laps(mine.trace, FEEDER, lane_index() == 0);
     for (;;) {
-        const Hand hand = hands.take();
+        const Hand hand = unpacked(hands.take());
         laps.lap(TAKE);
         if (hand.gemm == 2) break;
         if (lane_index() == 0) {
@@ -94,11 +94,11 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
 
 // A warpgroup: multiplies what it is handed.  A tile of FC1 counts as done once its results can be
 // read, one of FC2 when nobody needs its rows any more: its results are seen to at the end.
-inline void multiply_stream(const Private& mine, const Maps& maps, const Call& call, u32 base,
-                            u32 epoch, u32 group) {
+inline void multiply_stream(const World& world, const Private& mine, const Maps& maps,
+                            const Call& call, u32 base, u32 group) {
     const u32 staging = base + STAGING_AT + group * STAGING_BYTES, thread = threadIdx.x % 128;
-    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit, nullptr};
-    const Out whole{nullptr, HIDDEN, call.bias2, mine.scale, call.limit, mine.homes};
+    const Out half{mine.mid, INNER, call.bias1, mine.scale, call.limit};
+    const Out whole{nullptr, HIDDEN, call.bias2, mine.scale, call.limit};
     Ring ring{base};
     Hands hands{base + HAND_AT};
     Laps laps(mine.trace, group ? SECOND_GROUP : FIRST_GROUP, thread == 0);
@@ -114,34 +114,47 @@ inline void multiply_stream(const Private& mine, const Maps& maps, const Call& c
     for (;;) {
         if (!bar_test(hands.full(), hands.phase())) flush();
         laps.lap(FLUSH);
-        const Hand hand = hands.take();
+        Quad packed = hands.take();
         laps.lap(TAKE);
-        if (hand.gemm == 2) break;
-        const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K, slot = hand.slot;
-        const int row = hand.row + group * 64, rows = min(64, hand.rows - (int)group * 64);
-        if (rows <= 0) {
-            flush();  // what this tile waits for may be waiting for that
-            skip(ring, steps);
-            continue;
-        }
         float sums[TILE_N / 2];
-        multiply(ring, sums, group, steps, flush);
+        u32 home = HOMELESS;
+        {
+            const Hand hand = unpacked(packed);
+            if (hand.gemm == 2) break;
+            const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K;
+            const int row = hand.row + group * 64, rows = hand.rows - (int)group * 64;
+            if (rows <= 0) {
+                flush();  // what this tile waits for may be waiting for that
+                skip(ring, steps);
+                continue;
+            }
+            if (hand.gemm) {  // known once the first stage is there; not at the end, it takes 1 us
+                if (!bar_test(ring.full(), ring.phase())) flush();
+                bar_wait(ring.full(), ring.phase());
+                home = home_of_row(mine, row, rows);
+            }
+            multiply(ring, sums, group, steps, flush);
+        }
         flush();
+        hold(packed);
+        const Hand hand = unpacked(packed);
+        const int slot = hand.slot;
+        const int row = hand.row + group * 64, rows = min(64, hand.rows - (int)group * 64);
         laps.lap(hand.gemm ? FC2 : FC1);
-        const int done = progress(mine, epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;
-        const bool counts = hand.column < (hand.gemm ? COLUMNS2 : COLUMNS1);
         if (hand.gemm) {
-            const u64 home = home_of_row(mine, row, rows);
             group_sync(1 + group);  // of this tile all has been read, and the staging is free
-            if (RING < BLOCKS && counts && thread == 0) add_release(mine.blocks + done, 1);
-            send_out<BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, home, staging, slot, row, rows, hand.column);
+            if (RING < BLOCKS && hand.column < COLUMNS2 && thread == 0)
+                add_release(progress(mine, this_epoch, WHOLE) + hand.block, 1);
+            send_out<BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, address_of(world, home), staging, slot, row,
+                                                  rows, hand.column);
             laps.lap(OUT);
             continue;
         }
         write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows, hand.column,
                                             group);
         laps.lap(OUT);
-        if (!counts) continue;
+        if (hand.column >= COLUMNS1) continue;
+        const int done = progress(mine, this_epoch, HALF) - mine.blocks + hand.block;
         if (rows == 64) {
             if (thread == 0) pending = done;
         } else {

@@ -140,9 +140,10 @@ inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group, int
 
 // One warpgroup's 64 weight rows from `left`: sums[4 j + 0, 1] are weight row 16 w + g of pool rows
 // 8 j + 2 q + {0, 1}, sums[4 j + 2, 3] weight row 16 w + g + 8: gate and up of the same value.
-template <Act act, bool biased, bool scaled, int wide>
+// A row goes to `address_of(row)`, nowhere if that is 0.
+template <Act act, bool biased, bool scaled, int wide, typename Address>
 inline void write_narrow(float (&sums)[wide / 2], const Out& out, u32 staging, const NarrowTile& n,
-                         int left, u32 group) {
+                         int left, u32 group, Address address_of) {
     constexpr int per = gated(act) ? 2 : 1, quads = 8 / per;
     const u32 lane = lane_index(), warp = warp_index() % 4, thread = threadIdx.x % 128;
     const u32 g = lane / 4, q = lane % 4;
@@ -180,34 +181,32 @@ inline void write_narrow(float (&sums)[wide / 2], const Out& out, u32 staging, c
 #pragma unroll
     for (int i = 0; i < turns; ++i) {
         const int r = (thread + 128 * i) / quads;
-        to[i] = r >= n.live ? 0
-                : out.homes ? load_relaxed(out.homes + n.row + r)
-                            : reinterpret_cast<u64>(out.values + (u64)(n.row + r) * out.width);
+        to[i] = r < n.live ? address_of(n.row + r) : 0;
     }
     group_sync(1 + group);
 #pragma unroll
     for (int i = 0; i < turns; ++i) {
         const int r = (thread + 128 * i) / quads, c = (thread + 128 * i) % quads;
-        if (to[i])  // 0: not live, or after a fault a row that never came
+        if (to[i])
             store_global(reinterpret_cast<void*>(to[i] + 2 * (left / per + 8 * c)),
                          load_shared(staging + r * PITCH + c * 16));
     }
 }
 
-template <Act act, bool biased, bool scaled, int wide, int tall, typename Between>
+template <Act act, bool biased, bool scaled, int wide, int tall, typename Between, typename Address>
 inline void narrow_as(Narrow<tall>& ring, const Out& out, u32 staging, const NarrowTile& n,
-                      int left, u32 group, int steps, Between between) {
+                      int left, u32 group, int steps, Between between, Address address_of) {
     float sums[wide / 2];
     if (tall == 64) turn_wait(TURN + group);
     multiply<tall, wide>(ring, sums, group, steps, between);
     if (tall == 64) turn_give(TURN + 1 - group);
-    write_narrow<act, biased, scaled, wide>(sums, out, staging, n, left, group);
+    write_narrow<act, biased, scaled, wide>(sums, out, staging, n, left, group, address_of);
 }
 
 // Multiplies and writes one tile, as narrow as its rows allow.
-template <Act act, bool biased, bool scaled, int tall, typename Between>
+template <Act act, bool biased, bool scaled, int tall, typename Between, typename Address>
 inline void narrow_run(Narrow<tall>& ring, const Out& out, u32 staging, const NarrowTile& n,
-                       u32 group, int steps, Between between) {
+                       u32 group, int steps, Between between, Address address_of) {
     const int left = n.tile * tall + (tall == 128 ? group * 64 : 0);
     if (left >= out.width * (gated(act) ? 2 : 1)) {  // the weights ended in the middle of the tile
         between();
@@ -216,12 +215,16 @@ inline void narrow_run(Narrow<tall>& ring, const Out& out, u32 staging, const Na
             if (lane_index() == 0) bar_arrive(ring.empty());
         }
     } else if (n.live <= 8) {
-        narrow_as<act, biased, scaled, 8>(ring, out, staging, n, left, group, steps, between);
+        narrow_as<act, biased, scaled, 8>(ring, out, staging, n, left, group, steps, between,
+                                        address_of);
     } else if (n.live <= 16) {
-        narrow_as<act, biased, scaled, 16>(ring, out, staging, n, left, group, steps, between);
+        narrow_as<act, biased, scaled, 16>(ring, out, staging, n, left, group, steps, between,
+                                         address_of);
     } else if (n.live <= 32) {
-        narrow_as<act, biased, scaled, 32>(ring, out, staging, n, left, group, steps, between);
+        narrow_as<act, biased, scaled, 32>(ring, out, staging, n, left, group, steps, between,
+                                         address_of);
     } else {
-        narrow_as<act, biased, scaled, 64>(ring, out, staging, n, left, group, steps, between);
+        narrow_as<act, biased, scaled, 64>(ring, out, staging, n, left, group, steps, between,
+                                         address_of);
     }
 }

@@ -252,9 +252,9 @@ inline u32 load_const(const void* p) {
 }
 
 // From L2, where other SMs have put it; the caller knows that they have.
-inline u64 load_relaxed(const u64* p) {
-    u64 v;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+inline u32 load_relaxed(const u32* p) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
 

@@ -33,11 +33,6 @@ inline Live live_of(const Private& mine, u8* shared) {
                 LOCAL, UNIT < BLOCK);
 }
 
-// Read anew wherever it is needed: kept in a register for the whole kernel it is one too many.
-inline u32 epoch_now(const Private& mine) {
-    return *const_cast<const volatile u32*>(mine.epoch + EPOCH);
-}
-
 inline int rows_of(const World& world, int l) {
     const int* counts = at<int>(world, world.rank, COUNTS_AT) + world.rank * LOCAL + l;
     int sum = 0;
@@ -48,9 +43,9 @@ inline int rows_of(const World& world, int l) {
 // The last CTA of the launch to get here opens the next one.
 inline void leave(const World& world, const Private& mine, bool good) {
     __threadfence();
-    if ((atomicAdd(mine.epoch + FINISHED, 1) + 1) % gridDim.x) return;
-    mine.epoch[NEXT] = 0;
-    mine.epoch[EPOCH] += 1;
+    if ((atomicAdd(counter(mine, FINISHED), 1) + 1) % gridDim.x) return;
+    *counter(mine, NEXT) = 0;
+    *counter(mine, EPOCH) += 1;
     if (good) *reinterpret_cast<u64*>(world.round) += 1;
 }
 
@@ -59,7 +54,7 @@ inline void leave(const World& world, const Private& mine, bool good) {
 // result.
 inline void end_moves(const World& world, const Private& mine, u32 round) {
     __threadfence();
-    if ((atomicAdd(mine.epoch + MOVED, 1) + 1) % gridDim.x == 0 && !faulted(world))
+    if ((atomicAdd(counter(mine, MOVED), 1) + 1) % gridDim.x == 0 && !faulted(world))
         publish_all(world, WORD_Y, round);
 }
 
@@ -67,7 +62,7 @@ inline void end_moves(const World& world, const Private& mine, u32 round) {
 inline void poll_words(const World& world, const Private& mine, Kind kind, u32 round) {
     u32 value;
     const bool came = lane_index() >= RANKS || await(world, kind, lane_index(), round, value);
-    if (__all_sync(~0u, came) && lane_index() == 0) add_release(mine.epoch + CAME, 1);
+    if (__all_sync(~0u, came) && lane_index() == 0) add_release(counter(mine, CAME), 1);
 }
 
 // All threads of a CTA that pulls.
@@ -101,20 +96,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __shared__ bool came;
     const u32 base = smem(shared), warp = warp_index();
     Laps laps(mine.trace, WHOLE_CTA, threadIdx.x == 0);
+    if (threadIdx.x == 0) counters = mine.epoch;
     if (warp == FEEDS && lane_index() == 0) {
         init_tiles(base);
         prefetch_maps(maps);
     }
     tell(world, mine, call.x, call.choices, call.weights, call.rows, call.head,
-         *reinterpret_cast<Telling*>(shared), epoch_now(mine), round_now(world));
+         *reinterpret_cast<Telling*>(shared), mine.epoch[EPOCH], round_now(world));
     laps.lap(TELL);
     if (blockIdx.x == 0 && warp == 0) poll_words(world, mine, WORD_C, round_now(world));
-    if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch_now(mine) + 1);
+    if (threadIdx.x == 0) came = await_came(world, mine, 2 * this_epoch + 1);
     __syncthreads();
     const bool good = came;
     laps.lap(WAIT_C);
     if (good && blockIdx.x < COMM)
-        pull_rows(world, mine, base, shared, epoch_now(mine), round_now(world), laps);
+        pull_rows(world, mine, base, shared, this_epoch, round_now(world), laps);
     else
         cluster_sync();  // barriers are made; whoever pulls needs them later
     if (warp == 0) {
@@ -127,18 +123,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     laps.lap(PLAN);
     if (warp >= FEEDS) {
         registers_down<FEED_REGISTERS>();
-        if (warp == FEEDS) feed_stream(world, mine, maps, base, epoch_now(mine));
+        if (warp == FEEDS) feed_stream(world, mine, maps, base, this_epoch);
         if (warp == SCOUTS) scout_stream(world, mine, live_of(mine, shared), base);
         cluster_sync();
     } else {
         registers_up<MULTIPLY_REGISTERS>();
-        multiply_stream(mine, maps, call, base, epoch_now(mine), warp / 4);
+        multiply_stream(world, mine, maps, call, base, warp / 4);
         __threadfence_system();  // this thread's results have arrived
         both_sync();
         if (threadIdx.x == 0) end_moves(world, mine, round_now(world));
         laps.lap(WORK);
         if (blockIdx.x == 0 && threadIdx.x < 32) poll_words(world, mine, WORD_Y, round_now(world));
-        if (threadIdx.x == 0) came = await_came(world, mine, 2 * epoch_now(mine) + 2) && !faulted(world);
+        if (threadIdx.x == 0) came = await_came(world, mine, 2 * this_epoch + 2) && !faulted(world);
         both_sync();
         const bool whole = came;
         laps.lap(WAIT_Y);

@@ -6,14 +6,14 @@
 #pragma once
 #include "exchange.cuh"
 
-// Of row 16 * warp + lane % 16 of the warpgroup's rows from pool row `row`; 0 if that is not live.
-inline u64 home_of_row(const Private& mine, int row, int live) {
+// Of row 16 * warp + lane % 16 of the warpgroup's rows from pool row `row`.
+inline u32 home_of_row(const Private& mine, int row, int live) {
     const int r = 16 * (warp_index() % 4) + lane_index() % 16;
-    return r < live ? load_relaxed(mine.homes + row + r) : 0;
+    return r < live ? load_relaxed(mine.homes + row + r) : HOMELESS;
 }
 
-// The counterpart of write_out for rows that go home.  The caller has seen to it that nobody reads
-// the staging buffer.
+// The counterpart of write_out for rows that go home: each lane knows the address of one, or 0.  The
+// caller has seen to it that nobody reads the staging buffer.
 template <bool biased, bool scaled>
 inline void send_out(float (&sums)[TILE_N / 2], const Out& out, u64 home, u32 staging, int slot,
                      int row, int live, int column) {
@@ -38,7 +38,6 @@ inline void send_out(float (&sums)[TILE_N / 2], const Out& out, u64 home, u32 st
         for (u32 i = 0; i < 8; ++i) {
             const u32 r = 2 * i + lane / 16;
             const u64 to = __shfl_sync(~0u, home, r);
-            // A home of 0 is no live row, or after a fault one that never came.
             if (to && x < out.width)
                 store_global(reinterpret_cast<void*>(to + 2 * x),
                              load_shared(stage + r * 256 + (c ^ (r % 8)) * 16));
