@@ -105,9 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
          *reinterpret_cast<Telling*>(shared), mine.epoch[EPOCH], round_now(world));
     laps.lap(TELL);
     if (blockIdx.x == 0 && warp == 0) poll_words(world, mine, WORD_C, round_now(world));
-    if (threadIdx.x == 0) came = await_came(world, mine, 2 * this_epoch + 1);
-    __syncthreads();
-    const bool good = came;
+    const bool good = __syncthreads_and(threadIdx.x || await_came(world, mine, 2 * this_epoch + 1));
     laps.lap(WAIT_C);
     if (good && blockIdx.x < COMM)
         pull_rows(world, mine, base, shared, this_epoch, round_now(world), laps);

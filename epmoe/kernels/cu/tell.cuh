@@ -188,11 +188,11 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
         group_sync(1);
         if (sound) teller.list(head);
     }
+    if (threadIdx.x == 0) this_epoch = epoch;
     fence_async();  // the copy engine fills this shared memory next
     __threadfence_system();
     __syncthreads();
     if (threadIdx.x) return;
-    this_epoch = epoch;
     add_release(counter(mine, STAGED), 1);
     if (sound && blockIdx.x < RANKS && await_count(world, counter(mine, STAGED), (epoch + 1) * gridDim.x))
         publish(world, WORD_C, teller.peer, round, t.begin[LOCAL]);
