@@ -54,7 +54,7 @@ inline u64 address_of(const World& world, u32 home) {  // 0: of no row
     const u64 cell = home & 0x1fffffff;
     return home == HOMELESS || home >> 29 >= RANKS ? 0 : world.slab[home >> 29] + RESULTS_AT + cell * RESULT;
 }
-static_assert(CELLS < 1 << 29, "a home has 29 bits for its cell");
+static_assert(CELLS < 1 << 29 && RANKS <= 8, "a home has 29 bits for its cell, 3 for its rank");
 
 // Where a block, counted over all that comes, lies in the pools.
 inline int in_ring(u32 block) { return RING < BLOCKS ? block % RING : block; }
