@@ -58,7 +58,7 @@ def spills_nowhere(shape, cut, ways):
     for ranks, counted in ways:
         one = config(shape)
         kernel = compiled(one, ranks, layout([one], ranks), 0, 0, counted=counted, cut=cut)
-        # By a stride, which only tests ask for, and with CUDA 13.0's assembler (mixtral on one rank)
+        # By a stride, which only tests ask for, and with CUDA 13.0's assembler (mixtral, one rank)
         # up to three registers, outside of the product loop.
         newer = nvrtc.nvrtcVersion()[1:] >= (13, 4)
         assert kernel.resources.spills <= (0 if counted and newer else 24), (ranks, counted)
