@@ -36,10 +36,11 @@ enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, FINISHED, BAD, NEXT, CAME };
 // entries can be read, MOVED those that have pulled and sent all that they will.  NEXT is the next
 // tile of a counted order, 0 between launches.  CAME counts words that one CTA has seen for all: C,
 // then Y, of every launch.
+
 // Read anew each time: kept for the whole kernel, these are three registers too many.
 __shared__ u32* volatile counters;
 __shared__ volatile u32 this_epoch;
-inline u32* counter(const Private&, Counter which) { return counters + which; }
+inline u32* counter(Counter which) { return counters + which; }
 
 enum Progress { ARRIVED, HALF, WHOLE, PROGRESS };  // rows in, FC1 tiles, FC2 tiles
 
@@ -50,11 +51,12 @@ inline u32* progress(const Private& mine, u32 epoch, u32 which) {
 // The cell of a rank that a row's results go to, in one word.
 constexpr u32 HOMELESS = ~0u;
 inline u32 home_of(u32 rank, u32 cell) { return rank << 29 | cell; }
-inline u64 address_of(const World& world, u32 home) {  // 0: of no row
-    const u64 cell = home & 0x1fffffff;
-    return home == HOMELESS || home >> 29 >= RANKS ? 0 : world.slab[home >> 29] + RESULTS_AT + cell * RESULT;
+// 0: of no row; after a fault a home may be another round's, or another layer's.
+inline u64 address_of(const World& world, u32 home) {
+    const u32 rank = home >> 29, cell = home & 0x1fffffff;
+    return rank < RANKS && cell < CELLS ? world.slab[rank] + RESULTS_AT + (u64)cell * RESULT : 0;
 }
-static_assert(CELLS < 1 << 29 && RANKS <= 8, "a home has 29 bits for its cell, 3 for its rank");
+static_assert(CELLS < (1 << 29) - 1 && RANKS <= 8, "a home has 29 bits for its cell, 3 for its rank");
 
 // Where a block, counted over all that comes, lies in the pools.
 inline int in_ring(u32 block) { return RING < BLOCKS ? block % RING : block; }
@@ -75,7 +77,7 @@ constexpr u32 tiles_of(int columns, int rows) {
 inline bool await_came(const World& world, const Private& mine, u32 target) {
     const u64 started = global_nanoseconds();
     const u64 limit = *reinterpret_cast<const u64*>(world.limit);
-    for (u32 turn = 0; (int)(load_acquire(counter(mine, CAME)) - target) < 0; ++turn) {
+    for (u32 turn = 0; (int)(load_acquire(counter(CAME)) - target) < 0; ++turn) {
         __nanosleep(turn < 64 ? 50 : 500);
         if (turn % 64 == 63 && (faulted(world) || global_nanoseconds() - started > 2 * limit))
             return false;  // twice: who polls the words gives up first, and says why

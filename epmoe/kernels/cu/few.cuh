@@ -35,7 +35,7 @@ inline void prefetch_maps(const Maps& maps) {
 inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base) {
     const u32 clusters = gridDim.x - COMM, all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
-    Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(counter(mine, NEXT))};
+    Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(counter(NEXT))};
     Tiles stream;
     Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {

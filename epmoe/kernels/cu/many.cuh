@@ -31,7 +31,7 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
     const u32 rank = cluster_rank(), clusters = (gridDim.x - COMM) / 2;
     const u32 all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
-    Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(counter(mine, NEXT))};
+    Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(counter(NEXT))};
     Tiles stream;
     Laps laps(mine.trace, SCOUT, lane_index() == 0);
     for (;;) {

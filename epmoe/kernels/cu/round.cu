@@ -43,9 +43,9 @@ inline int rows_of(const World& world, int l) {
 // The last CTA of the launch to get here opens the next one.
 inline void leave(const World& world, const Private& mine, bool good) {
     __threadfence();
-    if ((atomicAdd(counter(mine, FINISHED), 1) + 1) % gridDim.x) return;
-    *counter(mine, NEXT) = 0;
-    *counter(mine, EPOCH) += 1;
+    if ((atomicAdd(counter(FINISHED), 1) + 1) % gridDim.x) return;
+    *counter(NEXT) = 0;
+    *counter(EPOCH) += 1;
     if (good) *reinterpret_cast<u64*>(world.round) += 1;
 }
 
@@ -54,7 +54,7 @@ inline void leave(const World& world, const Private& mine, bool good) {
 // result.
 inline void end_moves(const World& world, const Private& mine, u32 round) {
     __threadfence();
-    if ((atomicAdd(counter(mine, MOVED), 1) + 1) % gridDim.x == 0 && !faulted(world))
+    if ((atomicAdd(counter(MOVED), 1) + 1) % gridDim.x == 0 && !faulted(world))
         publish_all(world, WORD_Y, round);
 }
 
@@ -62,7 +62,7 @@ inline void end_moves(const World& world, const Private& mine, u32 round) {
 inline void poll_words(const World& world, const Private& mine, Kind kind, u32 round) {
     u32 value;
     const bool came = lane_index() >= RANKS || await(world, kind, lane_index(), round, value);
-    if (__all_sync(~0u, came) && lane_index() == 0) add_release(counter(mine, CAME), 1);
+    if (__all_sync(~0u, came) && lane_index() == 0) add_release(counter(CAME), 1);
 }
 
 // All threads of a CTA that pulls.

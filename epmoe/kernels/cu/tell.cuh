@@ -112,7 +112,7 @@ struct Teller {
                 if (slot < SLOTS && slot / LOCAL == peer)
                     entry = slot % LOCAL << 16 | (u32)atomicAdd(&t.count[slot % LOCAL], 1);
                 else if (slot >= SLOTS && s[u] != -1 && peer == world.rank)
-                    atomicAdd(counter(mine, BAD), 1);
+                    atomicAdd(counter(BAD), 1);
                 t.entry[cell - from] = entry;
             }
         }
@@ -182,8 +182,8 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
         if (sound) teller.count();
         group_sync(1);  // thread 0 has set `counters` too
         if (threadIdx.x == 0) {
-            add_release(counter(mine, PARTS_IN), 1);
-            await_count(world, counter(mine, PARTS_IN), (epoch + 1) * TELLERS);
+            add_release(counter(PARTS_IN), 1);
+            await_count(world, counter(PARTS_IN), (epoch + 1) * TELLERS);
         }
         group_sync(1);
         if (sound) teller.list(head);
@@ -193,7 +193,7 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
     __threadfence_system();
     __syncthreads();
     if (threadIdx.x) return;
-    add_release(counter(mine, STAGED), 1);
-    if (sound && blockIdx.x < RANKS && await_count(world, counter(mine, STAGED), (epoch + 1) * gridDim.x))
+    add_release(counter(STAGED), 1);
+    if (sound && blockIdx.x < RANKS && await_count(world, counter(STAGED), (epoch + 1) * gridDim.x))
         publish(world, WORD_C, teller.peer, round, t.begin[LOCAL]);
 }
