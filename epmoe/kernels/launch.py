@@ -49,29 +49,14 @@ class CompiledKernel:
             name = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver.cuKernelSetAttribute(name, shared, self._kernel.handle, device))
 
-    def launch(
-        self,
-        stream: int,
-        grid: Sequence[int],
-        block: int,
-        args: Sequence[Value],
-        *,
-        cluster: int = 1,
-        shared: int = 0,
-    ) -> None:
-        """Enqueue on ``stream`` (a raw CUstream) ``grid`` blocks of ``block`` threads.
-
-        ``grid`` counts blocks and must divide by ``cluster``.  An int goes to any integer or
-        pointer parameter, a tensor as its address, bytes as a struct by value.
-        """
-        Launch(self, grid, block, args, cluster=cluster, shared=shared).enqueue(stream)
-
 
 class Launch:
     """One launch with its parameters packed, to be enqueued as often as wanted.
 
     Packing is most of what a launch costs in Python: a layer that runs the same launch every round
-    keeps one of these.  The tensors among ``args`` are kept alive.
+    keeps one of these.  ``grid`` counts blocks and must divide by ``cluster``.  An int of ``args``
+    goes to any integer or pointer parameter, a tensor as its address, bytes as a struct by value;
+    tensors are kept alive.
     """
 
     def __init__(

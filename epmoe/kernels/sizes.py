@@ -14,6 +14,7 @@ from epmoe.kernels.gemm import BLOCK
 
 LAG = 2  # FC2 of a block comes this many times all clusters' tiles behind its FC1
 GROUP = 16  # cu/tiles.cuh
+SPARE = 16  # blocks of the ring beyond those without which a round could wait for ever
 MOST_CELLS = 1 << 19  # a part of them is kept in shared memory (cu/tell.cuh)
 SHARED_POOLS = ("homes", "scale", "rows", "mid")
 
@@ -112,12 +113,7 @@ def ring_blocks(
 
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
     must = max(ahead(cut) for cut in among) + 2 * GROUP + batch
-    return min(most_blocks(config, ranks), max(must + spare(), even_blocks(config, ranks)))
-
-
-def spare() -> int:
-    """Blocks beyond those without which a round could wait for ever."""
-    return 16
+    return min(most_blocks(config, ranks), max(must + SPARE, even_blocks(config, ranks)))
 
 
 def even_blocks(config: MoEConfig, ranks: int) -> int:

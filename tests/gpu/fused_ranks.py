@@ -160,7 +160,7 @@ def main():
     asked = parser.parse_args()
     ranks = asked.ranks or gpus()
     if asked.tight:
-        sizes.spare = lambda: 0
+        sizes.SPARE = 0
         sizes.even_blocks = lambda config, ranks: 0
     all_cuts = (sizes.FEW, sizes.SOME, sizes.MANY)
     ways = [{"cut": cut, "counted": counted} for cut in all_cuts for counted in (False, True)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from epmoe.kernels.compile import compile_kernel
+from epmoe.kernels.launch import Launch
 
 SOURCE = Path(__file__).with_suffix(".cu")
 
@@ -22,7 +23,8 @@ class Hog:
     def take(self, sms, ms):
         """Queue it; returns at once."""
         given = [self.there, int(ms * 1e6)]
-        self.kernel.launch(self.stream.cuda_stream, (sms,), 64, given, shared=220 << 10)
+        launch = Launch(self.kernel, (sms,), 64, given, shared=220 << 10)
+        launch.enqueue(self.stream.cuda_stream)
 
     def hold(self, sms, ms):
         """Returns when that many SMs are taken, which they stay for ``ms``."""

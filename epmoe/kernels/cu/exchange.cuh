@@ -74,7 +74,7 @@ constexpr u32 tiles_of(int columns, int rows) {
 // Words are polled by one CTA of a rank, who counts on CAME what it has seen; the others wait there
 // and sleep between looks.  When all 132 polled words, the copies of those still at work became
 // fifty times slower (28 KiB took 22 us).
-inline bool await_came(const World& world, const Private& mine, u32 target) {
+inline bool await_came(const World& world, u32 target) {
     const u64 started = global_nanoseconds();
     const u64 limit = *reinterpret_cast<const u64*>(world.limit);
     for (u32 turn = 0; (int)(load_acquire(counter(CAME)) - target) < 0; ++turn) {

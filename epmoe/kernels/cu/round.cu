@@ -41,7 +41,7 @@ inline int rows_of(const World& world, int l) {
 }
 
 // The last CTA of the launch to get here opens the next one.
-inline void leave(const World& world, const Private& mine, bool good) {
+inline void leave(const World& world, bool good) {
     __threadfence();
     if ((atomicAdd(counter(FINISHED), 1) + 1) % gridDim.x) return;
     *counter(NEXT) = 0;
@@ -52,14 +52,14 @@ inline void leave(const World& world, const Private& mine, bool good) {
 // One thread of a CTA that has pulled and sent all that it will: what it sent has arrived.  The last
 // one says so by Y, the promise to read no mailbox and no row of this round any more, and to write no
 // result.
-inline void end_moves(const World& world, const Private& mine, u32 round) {
+inline void end_moves(const World& world, u32 round) {
     __threadfence();
     if ((atomicAdd(counter(MOVED), 1) + 1) % gridDim.x == 0 && !faulted(world))
         publish_all(world, WORD_Y, round);
 }
 
 // The first warp of the first CTA, for all of this rank: every rank's word `kind` of this round.
-inline void poll_words(const World& world, const Private& mine, Kind kind, u32 round) {
+inline void poll_words(const World& world, Kind kind, u32 round) {
     u32 value;
     const bool came = lane_index() >= RANKS || await(world, kind, lane_index(), round, value);
     if (__all_sync(~0u, came) && lane_index() == 0) add_release(counter(CAME), 1);
@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     tell(world, mine, call.x, call.choices, call.weights, call.rows, call.head,
          *reinterpret_cast<Telling*>(shared), mine.epoch[EPOCH], round_now(world));
     laps.lap(TELL);
-    if (blockIdx.x == 0 && warp == 0) poll_words(world, mine, WORD_C, round_now(world));
-    const bool good = __syncthreads_and(threadIdx.x || await_came(world, mine, 2 * this_epoch + 1));
+    if (blockIdx.x == 0 && warp == 0) poll_words(world, WORD_C, round_now(world));
+    const bool good = __syncthreads_and(threadIdx.x || await_came(world, 2 * this_epoch + 1));
     laps.lap(WAIT_C);
     if (good && blockIdx.x < COMM)
         pull_rows(world, mine, base, shared, this_epoch, round_now(world), laps);
@@ -129,10 +129,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         multiply_stream(world, mine, maps, call, base, warp / 4);
         __threadfence_system();  // this thread's results have arrived
         both_sync();
-        if (threadIdx.x == 0) end_moves(world, mine, round_now(world));
+        if (threadIdx.x == 0) end_moves(world, round_now(world));
         laps.lap(WORK);
-        if (blockIdx.x == 0 && threadIdx.x < 32) poll_words(world, mine, WORD_Y, round_now(world));
-        if (threadIdx.x == 0) came = await_came(world, mine, 2 * this_epoch + 2) && !faulted(world);
+        if (blockIdx.x == 0 && threadIdx.x < 32) poll_words(world, WORD_Y, round_now(world));
+        if (threadIdx.x == 0) came = await_came(world, 2 * this_epoch + 2) && !faulted(world);
         both_sync();
         const bool whole = came;
         laps.lap(WAIT_Y);
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     (u64)blockIdx.x * GROUPS * 128 + threadIdx.x, (u64)gridDim.x * GROUPS * 128);
         both_sync();
         laps.lap(REDUCE);
-        if (threadIdx.x == 0) leave(world, mine, whole);
+        if (threadIdx.x == 0) leave(world, whole);
         laps.end();
         __syncwarp();
         cluster_sync();  // a CTA that left could still be sent arrivals
