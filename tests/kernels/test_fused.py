@@ -21,10 +21,14 @@ from epmoe.kernels.sizes import (
     ring_blocks,
 )
 
+# Each assembler allots registers in its own way; these are judged by those of 13.4 and 13.5.
+NEW_COMPILER = nvrtc.nvrtcVersion()[1:] >= (13, 4)
+
 SHAPES = {  # experts, choices, hidden, inner
     "dsv3": (256, 8, 7168, 2048),
     "qwen3-30b": (128, 8, 2048, 768),
     "mixtral": (8, 2, 4096, 14336),
+    "gpt-oss": (128, 4, 2880, 2880),
     "smallest": (8, 1, 64, 64),
     "largest": (512, 16, 16384, 16384),
 }
@@ -32,6 +36,8 @@ SHAPES = {  # experts, choices, hidden, inner
 
 def config(shape, **more):
     experts, choices, hidden, inner = SHAPES[shape]
+    if shape == "gpt-oss":
+        more = {"activation": "gpt_oss", "bias": True, **more}
     return MoEConfig(
         experts=experts,
         choices=choices,
@@ -58,21 +64,20 @@ def spills_nowhere(shape, cut, ways):
     for ranks, counted in ways:
         one = config(shape)
         kernel = compiled(one, ranks, layout([one], ranks), 0, 0, counted=counted, cut=cut)
-        # By a stride, which only tests ask for, and with CUDA 13.0's assembler (mixtral, one rank)
-        # up to three registers, outside of the product loop.
-        newer = nvrtc.nvrtcVersion()[1:] >= (13, 4)
-        assert kernel.resources.spills <= (0 if counted and newer else 24), (ranks, counted)
+        assert kernel.resources.spills <= (0 if NEW_COMPILER else 24), (ranks, counted)
         assert "serializ" not in kernel.log
 
 
-@pytest.mark.parametrize("activation", ["geglu", "gelu", "gpt_oss", "relu2"])
-def test_other_activations_spill_little(activation):
-    """A debt: their epilogues with bias and weight want some registers more than the assembler
-    gives around WGMMA; they go to L1 once a tile, outside of the product loop."""
-    for bias, cut in ((False, MANY), (True, MANY), (True, FEW)):
-        one = config("qwen3-30b", activation=activation, bias=bias, weight_in="fc2")
+@pytest.mark.parametrize("cut", [FEW, SOME, MANY], ids=["few", "some", "many"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "gpt_oss", "relu2"])
+def test_other_epilogues_do_not_spill(activation, cut):
+    # A debt: one register of these goes to L1 once a tile, outside of the product loop.
+    known = {("geglu", "fc2"), ("gelu", "reduce"), ("relu2", "reduce")} if cut == MANY else set()
+    for bias, weight_in in ((False, "fc2"), (True, "fc2"), (True, "reduce"))[: 3 if known else 2]:
+        one = config("qwen3-30b", activation=activation, bias=bias, weight_in=weight_in)
         kernel = compiled(one, 8, layout([one], 8), 0, 0, cut=cut)
-        assert kernel.resources.spills <= 176
+        allowed = 16 if bias and (activation, weight_in) in known else 0
+        assert kernel.resources.spills <= (allowed if NEW_COMPILER else 44), (bias, weight_in)
         assert "serializ" not in kernel.log
 
 

@@ -113,7 +113,7 @@ inline void write_out(float (&sums)[TILE_N / 2], const Out& out, const TensorMap
                       int slot, int row, int live, int column, u32 group) {
     constexpr int per = gated(act) ? 2 : 1;            // columns of the GEMM to one of the result
     constexpr int wide = TILE_N / per;                 // columns of the result in this tile
-    constexpr int pass = wide < 128 ? wide : 128;      // columns of one pass
+    constexpr int pass = biased || wide < 128 ? 64 : 128;  // of one pass; the biases of more spill
     constexpr int quads = pass / 8;                    // 16 bytes each, of a row
     const u32 lane = lane_index(), warp = warp_index() % 4, thread = threadIdx.x % 128;
     const int left = column * wide, all = out.width * per;
