@@ -114,7 +114,7 @@ def _build(source: str, text: str, constants: Mapping[str, str], arch: str) -> t
 
     log = Log()
     options = ProgramOptions(
-        name=source,
+        name=str(SOURCES / source),  # with its folder: a name alone is looked for where we run
         std="c++17",
         arch=arch,
         include_path=str(SOURCES),

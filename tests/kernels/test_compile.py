@@ -93,6 +93,16 @@ def test_whatever_decides_the_bytes_is_in_the_key(sources, cache, builds):
     assert len(builds) == 3
 
 
+def test_a_neighbour_of_the_same_name_where_we_run_is_not_taken(
+    sources, cache, tmp_path, monkeypatch
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "scaled.cuh").write_text("#error not ours\n")
+    monkeypatch.chdir(here)
+    assert compile_kernel("scale.cu", "scale", {"SCALE": 2}, cache=cache).cubin
+
+
 def test_spills_are_seen(sources, cache):
     assert compile_kernel("scale.cu", "scale", {"SCALE": 2}, cache=cache).resources.spills == 0
     assert compile_kernel("scale.cu", "spills", {"SCALE": 2}, cache=cache).resources.spills > 0
