@@ -49,7 +49,7 @@ def names_of(kind: str) -> list[str]:
     """The values of ``enum Span`` or ``enum Role`` of cu/trace.cuh, in lower case.
 
     >>> names_of("Span")[:2]
-    ['stage', 'tell']
+    ['tell', 'wait_c']
     """
     source = (SOURCES / "trace.cuh").read_text()
     found = re.search(rf"enum {kind} \{{([^}}]*)\}}", source)

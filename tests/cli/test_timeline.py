@@ -20,9 +20,9 @@ def told(*spans, gpu="H200", full=()):
 
 
 def whole(*ends, cta=0, begin=0):
-    """One CTA that stages, waits for C, works and waits for Y."""
+    """One CTA that tells, waits for C, works and waits for Y."""
     made = []
-    for name, end in zip(("stage", "wait_c", "work", "wait_y"), ends, strict=False):
+    for name, end in zip(("tell", "wait_c", "work", "wait_y"), ends, strict=False):
         made.append((cta, "whole_cta", name, begin, end))
         begin = end
     return made
@@ -65,9 +65,9 @@ def test_notes_of_gpus_whose_timers_and_clocks_disagree_become_one_line():
     """From what kernels leave to one time: rank 1's timer is an hour behind, its clock is slower,
     it began 3 us before rank 0 and waited for it."""
     hour, now = 3600 * 10**9, 1_763_703_634_000_000_000
-    mine = noted(5000, now, 2, ("stage", 400), ("wait_c", 600), ("work", 9000), ("wait_y", 500))
+    mine = noted(5000, now, 2, ("tell", 400), ("wait_c", 600), ("work", 9000), ("wait_y", 500))
     theirs = noted(
-        70, now - hour, 1, ("stage", 400), ("wait_c", 3600), ("work", 8000), ("wait_y", 1620)
+        70, now - hour, 1, ("tell", 400), ("wait_c", 3600), ("work", 8000), ("wait_y", 1620)
     )
     said = [Told(gpu, decode(notes, 1)) for gpu, notes in (("a", mine), ("b", theirs))]
     line = timeline([Told.unpacked(one.packed()) for one in said])
@@ -168,7 +168,7 @@ def test_sums_are_of_the_ctas_that_have_the_span():
     )
     found = {(row["role"], row["span"]): row for row in by_role(line)}
     assert list(found) == [
-        *(("whole_cta", name) for name in ("stage", "wait_c", "work", "wait_y")),
+        *(("whole_cta", name) for name in ("tell", "wait_c", "work", "wait_y")),
         *(("scout", name) for name in ("turn_id", "idle")),
     ]
     assert found["whole_cta", "wait_c"] == {

@@ -49,7 +49,7 @@ def test_rank_0_writes_and_prints_what_all_ranks_told(monkeypatch, capfd, tmp_pa
     def traced(group, config, args):
         assert config.experts == 64
         late = 5000 * group.rank
-        rows = [(0, "stage", late, late + 900), (1, "wait_c", late + 900, late + 2000)]
+        rows = [(0, "tell", late, late + 900), (1, "wait_c", late + 900, late + 2000)]
         rows += [(1, "wait_y", late + 2000, late + 9000 + 70 * group.rank)]
         made = [(cta, 0, SPANS.index(name), begin, end) for cta, name, begin, end in rows]
         return Told("H200", Traced(0, np.array(made, SPAN), ())), {"plain": 9.0, "noted": 9.5}
@@ -77,7 +77,7 @@ def test_rank_0_writes_and_prints_what_all_ranks_told(monkeypatch, capfd, tmp_pa
 
 
 def report(ranks, *, waits_c=True, full=()):
-    spans = [("stage", 0, 1500)] + ([("wait_c", 1500, 4000)] if waits_c else [])
+    spans = [("tell", 0, 1500)] + ([("wait_c", 1500, 4000)] if waits_c else [])
     spans += [("work", 4000, 90_000), ("wait_y", 90_000, 91_250)]
     rows = [(0, ROLE.index("whole_cta"), SPANS.index(name), b, e) for name, b, e in spans]
     told = [Told("H200", Traced(0, np.array(rows, SPAN), full)) for _ in range(ranks)]
