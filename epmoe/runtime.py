@@ -19,7 +19,7 @@ import torch
 
 from epmoe import comm
 from epmoe.comm.group import Group
-from epmoe.comm.heap import DeviceHeap, Heap
+from epmoe.comm.heap import MOST_DEVICE_RANKS, DeviceHeap, Heap
 from epmoe.comm.layout import Layout, layout
 from epmoe.comm.words import ROUNDS, LastWords, Words
 from epmoe.config import MoEConfig
@@ -98,6 +98,11 @@ class Runtime:
         compare(configs, group, limit_s)  # first: what follows would raise on the odd rank alone
         for config in configs:
             config.slots_per_rank(group.size)
+            if config.heap != "host" and group.size > MOST_DEVICE_RANKS:
+                raise ValueError(
+                    f"ranks must be at most {MOST_DEVICE_RANKS} on a {config.heap} heap, "
+                    f"got {group.size}"
+                )
             if config.lanes > 1 and config.heap != "host" and group.size > 1:
                 raise ValueError(
                     f"lanes must be 1 on a {config.heap} heap of {group.size} ranks, got "

@@ -43,16 +43,23 @@ def test_an_exception_in_a_turn_poisons_and_tells_every_lane_its_round(pair):
     pair[0].check()  # the other rank notices in its own next wait
 
 
-def test_lanes_of_several_gpus_are_refused_before_any_memory_is_asked_for():
-    class Two:
-        size = 2
+@pytest.mark.parametrize("heap", ["cuda", "nvshmem"])
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (2, "lanes must be 1 on a {} heap of 2 ranks, got 2"),
+        (16, "ranks must be at most 8 on a {}"),
+    ],
+)
+def test_what_gpus_cannot_do_is_refused_before_any_memory_is_asked_for(heap, ranks, said):
+    class Ranks:
+        size = ranks
 
-        def allgather(self, said, **_):
-            return [said, said]
+        def allgather(self, told, **_):
+            return [told] * ranks
 
-    for heap in ("cuda", "nvshmem"):
-        with pytest.raises(ValueError, match=f"lanes must be 1 on a {heap} heap of 2 ranks, got 2"):
-            Runtime.open([replace(CONFIG, heap=heap)], Two())
+    with pytest.raises(ValueError, match=said.format(heap)):
+        Runtime.open([replace(CONFIG, heap=heap, experts=16)], Ranks())
 
 
 def test_the_first_fault_is_kept(pair):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from epmoe.comm.heap import DeviceHeap
+from epmoe.comm.heap import MOST_DEVICE_RANKS, DeviceHeap
 from epmoe.comm.layout import Layout
 from epmoe.comm.watch import Watch
 from epmoe.comm.words import HOWS, KINDS, LEAVE, ROUNDS, LastWords, word
@@ -19,7 +19,6 @@ from epmoe.errors import ConfigMismatch, PeerLost
 
 REPORT = struct.Struct("<IIIIQQ")  # cu/signals.cuh Report
 DIFFERS = len(HOWS) + 1  # cu/signals.cuh Why, after those of HOWS
-MOST_RANKS = 8
 
 
 class DeviceWords:
@@ -54,7 +53,7 @@ class DeviceWords:
     def world(self) -> bytes:
         """The struct ``World`` of cu/signals.cuh."""
         slabs = [self._heap.address(rank) for rank in range(self.ranks)]
-        slabs += [0] * (MOST_RANKS - self.ranks)
+        slabs += [0] * (MOST_DEVICE_RANKS - self.ranks)
         at = self._numbers.data_ptr()
         return struct.pack(
             "<8Q5QII",

@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+MOST_DEVICE_RANKS = 8  # slabs that a kernel is told of (cu/signals.cuh)
+
 
 class Heap(Protocol):
     """All ranks' slabs, equally large, mapped into this process.

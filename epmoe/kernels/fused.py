@@ -25,8 +25,8 @@ from epmoe.kernels.sizes import (
     cuts,
     lag,
     most_blocks,
-    movers,
     parts,
+    pullers_of,
     refusal,
     ring_blocks,
     work_memory,
@@ -60,14 +60,14 @@ class FusedOps:
         words: Worded,
         pools: MutableMapping[object, Tensor] | None = None,
         counted: bool = True,
-        communicators: int | None = None,
+        pullers: int | None = None,
         cut: Cut | None = None,
         trace: bool = False,
     ) -> None:
         """``pools``: layers that run one after the other on a lane share their rows by it.
 
         ``counted``: tiles by a counter that all CTAs share, else by a fixed stride.
-        ``communicators``: CTAs that pull rows; None: what ``movers`` says.
+        ``pullers``: CTAs that pull rows; None: what ``pullers_of`` says.
         ``cut``: of every round; None: what ``cut_of`` says of each.
         ``trace``: note what each role does when, in ``notes`` (cu/trace.cuh).
         """
@@ -85,7 +85,7 @@ class FusedOps:
                 pools[name, shape] = torch.zeros(shape, dtype=dtype, device="cuda")
             return pools[name, shape]
 
-        memory = work_memory(config, words.ranks, self.grid, communicators, self._cuts)
+        memory = work_memory(config, words.ranks, self.grid, pullers, self._cuts)
         self._kept = {name: cuda(name, *kind) for name, kind in memory.items()}
         self.loads, self._numbers = self._kept["loads"], self._kept["numbers"]
         noted = self.grid * ROLES * NOTES * NOTE if trace else 0
@@ -98,7 +98,7 @@ class FusedOps:
                 layer,
                 lane,
                 counted=counted,
-                communicators=communicators,
+                pullers=pullers,
                 grid=self.grid,
                 cut=one,
                 among=self._cuts,
@@ -181,15 +181,15 @@ def compiled(
     lane: int,
     *,
     counted: bool = True,
-    communicators: int | None = None,
+    pullers: int | None = None,
     grid: int = 132,
     cut: Cut = MANY,
     among: Iterable[Cut] | None = None,
     trace: bool = False,
 ) -> CompiledKernel:
     """The kernel for this layer's shapes and offsets; needs no GPU."""
-    ring = ring_blocks(config, ranks, grid, communicators, among or cuts(config, ranks))
-    at, communicators = placed.lanes[lane][layer], communicators or movers(cut)
+    ring = ring_blocks(config, ranks, grid, pullers, among or cuts(config, ranks))
+    at, pullers = placed.lanes[lane][layer], pullers or pullers_of(cut)
     defines: dict[str, int | str] = {
         "RANKS": ranks,
         "LOCAL": config.slots_per_rank(ranks),
@@ -203,8 +203,8 @@ def compiled(
         "BIAS": int(config.bias),
         "COUNTED": int(counted),
         "TRACE": int(trace),
-        "COMM": communicators,
-        "LAG": lag(grid, communicators, cut),
+        "PULLERS": pullers,
+        "LAG": lag(grid, pullers, cut),
         "TALL": cut.columns if cut.tall else 0,
         "WIDE": cut.columns if not cut.tall else MANY.columns,
         "BLOCKS": f"{most_blocks(config, ranks)}u",

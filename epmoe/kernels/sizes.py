@@ -76,7 +76,7 @@ def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
     return tuple(dict.fromkeys(cut_of(config, ranks, c) for c in capacities))
 
 
-def movers(cut: Cut) -> int:
+def pullers_of(cut: Cut) -> int:
     """CTAs that pull rows before they multiply, whole clusters of 2.
 
     Where rows are few, nobody can multiply before they are there.  Load of 8, in microseconds with
@@ -98,7 +98,7 @@ def most_blocks(config: MoEConfig, ranks: int) -> int:
 
 
 def ring_blocks(
-    config: MoEConfig, ranks: int, grid: int, communicators: int | None, among: Iterable[Cut]
+    config: MoEConfig, ranks: int, grid: int, pullers: int | None, among: Iterable[Cut]
 ) -> int:
     """Blocks that have memory at a time, whichever kernel of ``among`` runs.
 
@@ -109,7 +109,7 @@ def ring_blocks(
 
     def ahead(cut: Cut) -> int:
         tiles_of_block = -(-columns // (cut.columns * (1 if cut.tall else 2)))
-        return -(-lag(grid, communicators or movers(cut), cut) // tiles_of_block)
+        return -(-lag(grid, pullers or pullers_of(cut), cut) // tiles_of_block)
 
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
     must = max(ahead(cut) for cut in among) + 2 * GROUP + batch
@@ -125,9 +125,9 @@ def even_blocks(config: MoEConfig, ranks: int) -> int:
     return -(-rows // BLOCK) + config.slots_per_rank(ranks)
 
 
-def lag(grid: int, communicators: int, cut: Cut) -> int:
+def lag(grid: int, pullers: int, cut: Cut) -> int:
     """How many tiles of FC1 (pairs, where CTAs work in pairs) lie between it and its FC2."""
-    return LAG * (grid - communicators) // (1 if cut.tall else 2)
+    return LAG * (grid - pullers) // (1 if cut.tall else 2)
 
 
 def parts(grid: int, ranks: int) -> int:
@@ -139,7 +139,7 @@ def work_memory(
     config: MoEConfig,
     ranks: int,
     grid: int = 132,
-    communicators: int | None = None,
+    pullers: int | None = None,
     among: Iterable[Cut] | None = None,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of what a rank keeps beside its slab; no GPU needed.
@@ -147,7 +147,7 @@ def work_memory(
     Those of SHARED_POOLS are the same memory for all layers of a lane that agree on them.
     """
     among = among or cuts(config, ranks)
-    ring = BLOCK * ring_blocks(config, ranks, grid, communicators, among)
+    ring = BLOCK * ring_blocks(config, ranks, grid, pullers, among)
     return {
         "homes": ((ring,), torch.int32),
         "scale": ((ring,), torch.float32),

@@ -141,7 +141,7 @@ def times(name, hidden, inner, experts, choices, rows):
     words, split, fused, laid = opened(config)
     placed, others = (
         layout([config], 1),
-        {"other order": {"counted": cut_of(config, 1, rows) == FEW}, "16": {"communicators": 16}},
+        {"other order": {"counted": cut_of(config, 1, rows) == FEW}, "16": {"pullers": 16}},
     )
     if rows * choices <= 64 * experts:
         others["many"] = {"cut": MANY}
@@ -197,8 +197,8 @@ def main():
         for act in ("gelu", "gpt_oss"):
             config = MoEConfig(**small, activation=act, bias=True, weight_in="fc2")
             good = good and check(config, 4, cut=cut)
-        good = good and check(MoEConfig(**wide), 4, cut=cut, communicators=16)
-        good = good and check(MoEConfig(**wide), 4, cut=cut, communicators=2, counted=False)
+        good = good and check(MoEConfig(**wide), 4, cut=cut, pullers=16)
+        good = good and check(MoEConfig(**wide), 4, cut=cut, pullers=2, counted=False)
     if asked.time and good:
         for rows in (16, 128, 512, 2048):
             found.append(times("dsv3", 7168, 2048, 32, 8, rows))

@@ -85,7 +85,7 @@ inline bool await_came(const World& world, u32 target) {
     return true;
 }
 
-// What the movers of a CTA know of the round, in shared memory.
+// What a CTA that pulls knows of the round, in shared memory.
 struct Tables {
     int count[RANKS][LOCAL];
     int first[RANKS][LOCAL];   // list entries of a source before each slot

@@ -33,7 +33,7 @@ inline void prefetch_maps(const Maps& maps) {
 
 // The scouting warp: which tiles, in the order of the stream.
 inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base) {
-    const u32 clusters = gridDim.x - COMM, all = Tiles::tiles(live);
+    const u32 clusters = gridDim.x - PULLERS, all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
     Order<COUNTED, 1> order{base + NARROW_ORDER_AT, reinterpret_cast<Shares*>(counter(NEXT))};
     Tiles stream;
@@ -41,7 +41,7 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
     for (;;) {
         hands.await_ask();
         laps.lap(IDLE);
-        const u32 t = order.lead(clusters, blockIdx.x - COMM, all, [&] { return faulted(world); });
+        const u32 t = order.lead(clusters, blockIdx.x - PULLERS, all, [&] { return faulted(world); });
         laps.lap(TURN_ID);
         if (t >= all) break;
         stream.to(live, t);

@@ -28,7 +28,7 @@ inline void prefetch_maps(const Maps& maps) {
 
 // The scouting warp: which tiles, in the order of the stream.
 inline void scout_stream(const World& world, const Private& mine, const Live& live, u32 base) {
-    const u32 rank = cluster_rank(), clusters = (gridDim.x - COMM) / 2;
+    const u32 rank = cluster_rank(), clusters = (gridDim.x - PULLERS) / 2;
     const u32 all = Tiles::tiles(live);
     Hands hands{base + HAND_AT};
     Order<COUNTED, 2> order{base + ORDER_AT, reinterpret_cast<Shares*>(counter(NEXT))};
@@ -37,7 +37,7 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
     for (;;) {
         hands.await_ask();
         laps.lap(IDLE);
-        const u32 t = order.lead(clusters, (blockIdx.x - COMM) / 2, all, [&] { return faulted(world); });
+        const u32 t = order.lead(clusters, (blockIdx.x - PULLERS) / 2, all, [&] { return faulted(world); });
         laps.lap(TURN_ID);
         if (t >= all) break;
         stream.to(live, t);

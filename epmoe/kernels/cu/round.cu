@@ -1,12 +1,12 @@
 // One round in one launch: from a rank's rows to its results, over the slabs of all ranks.
 //
 // All CTAs stage rows and tell the peers what this rank asks of them.  When all ranks have told, the
-// first COMM CTAs (whole clusters) pull rows, the others begin the tile loop over both GEMMs, and
+// first PULLERS CTAs (whole clusters) pull rows, the others begin the tile loop over both GEMMs, and
 // those that have pulled join them.  FC1 tiles wait for the rows of their block, FC2 tiles for the FC1
 // tiles of theirs; each writes its results to where they are wanted.  At the end everyone reduces.  Any
 // wait may fail (signals.cuh): then nobody begins anything new, everyone leaves, the output is NaN.
 //
-// Constants: those of exchange.cuh; INNER, ACT, BIAS, COUNTED, COMM, LAG; TALL as in grouped_gemm.cu.
+// Constants: those of exchange.cuh; INNER, ACT, BIAS, COUNTED, PULLERS, LAG; TALL as in grouped_gemm.cu.
 #if TALL == 0
 #include "many.cuh"
 #else
@@ -69,7 +69,7 @@ inline void poll_words(const World& world, Kind kind, u32 round) {
 inline void pull_rows(const World& world, const Private& mine, u32 base, u8* shared, u32 epoch,
                       u32 round, Laps& laps) {
     Tables& t = *reinterpret_cast<Tables*>(shared + TABLES_AT);
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS; i += COMM * blockDim.x)
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS; i += PULLERS * blockDim.x)
         progress(mine, epoch + 1, ARRIVED)[i] = 0;
     bool good = make_tables(world, t, round);
     if (good && blockIdx.x == 0) check_heads(world, mine, round);
@@ -81,7 +81,7 @@ inline void pull_rows(const World& world, const Private& mine, u32 base, u8* sha
     if (good && warp < CARRIERS) {
         Laps laps(mine.trace, warp ? LAST_CARRIER : FIRST_CARRIER,
                   lane_index() == 0 && (warp == 0 || warp == CARRIERS - 1));
-        Carrier carrier(world, mine, t, epoch, round, warp * COMM + blockIdx.x, COMM * CARRIERS);
+        Carrier carrier(world, mine, t, epoch, round, warp * PULLERS + blockIdx.x, PULLERS * CARRIERS);
         carry(carrier, base, warp, laps);
     }
     fence_async();   // what was written here by hand is written by the copy engine next
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (blockIdx.x == 0 && warp == 0) poll_words(world, WORD_C, round_now(world));
     const bool good = __syncthreads_and(threadIdx.x || await_came(world, 2 * this_epoch + 1));
     laps.lap(WAIT_C);
-    if (good && blockIdx.x < COMM)
+    if (good && blockIdx.x < PULLERS)
         pull_rows(world, mine, base, shared, this_epoch, round_now(world), laps);
     else
         cluster_sync();  // barriers are made; whoever pulls needs them later

@@ -1,6 +1,6 @@
 // One stream of tiles through both GEMMs: FC2 of a group of rows comes LAG tiles behind its FC1.
 //
-// In waves (all FC1, then all FC2) every CTA would wait at the boundary, and pulls and pushes would
+// In waves (all FC1, then all FC2) every CTA would wait at the boundary, and pulls and results would
 // meet there.  A tile depends only on tiles before it in the stream, and whoever holds those is
 // running, so no order of execution can deadlock.
 #pragma once
