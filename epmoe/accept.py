@@ -14,6 +14,7 @@ from epmoe.sched.freight import PIECE
 from epmoe.sched.placement import Placement
 
 MATRICES = ("w1", "w3", "w2")
+START = 16
 Wanted = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -33,6 +34,7 @@ def check_batch(
     error: it stays in its own row.
     """
     _check_tensor("x", x, 2, (DTYPE[config.dtype],), device)
+    check_start("x", x, device.type)
     _check_tensor("ids", ids, 2, (torch.int32, torch.int64), device)
     _check_tensor("weights", weights, 2, (torch.float32,), device)
     if x.shape[1] != config.hidden:
@@ -137,8 +139,18 @@ def check_weights(
         tensor = given[name]
         rows_apart = name in MATRICES and dtype in DTYPE.values()
         _check_tensor(name, tensor, len(shape), (dtype,), device, rows_apart=rows_apart)
+        check_start(name, tensor, device.type)
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_start(name: str, tensor: Tensor, kind: str) -> None:
+    """Kernels read 16 bytes at a time; a view into a tensor may begin anywhere."""
+    if kind != "cpu" and tensor.data_ptr() % START:
+        raise ValueError(
+            f"{name} must begin at a multiple of {START} bytes on a GPU, got address "
+            f"{tensor.data_ptr():#x}: a view that begins inside of a tensor?"
+        )
 
 
 def _joined(wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epmoe.accept import check_batch, check_weights
+from epmoe.accept import check_batch, check_start, check_weights
 from epmoe.config import MoEConfig
 from epmoe.context import ForwardContext
 from epmoe.formats import format_of
@@ -110,3 +110,12 @@ def test_gate_and_up_may_come_as_one_on_a_gpu():
         check_joined(w1=(4, 8, 16))
     with pytest.raises(ValueError, match="load needs b1, b3, w1, w3"):
         check_joined(CPU)
+
+
+def test_what_a_gpu_reads_begins_at_16_bytes():
+    whole = torch.empty(129, dtype=torch.bfloat16)
+    for good in (whole, whole[8:], whole[:0]):
+        check_start("x", good, "cuda")
+    check_start("x", whole[1:], "cpu")
+    with pytest.raises(ValueError, match="x must begin at a multiple of 16 bytes on a GPU, got"):
+        check_start("x", whole[1:], "cuda")

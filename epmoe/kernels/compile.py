@@ -20,6 +20,7 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from epmoe.errors import EpmoeError
 from epmoe.kernels.launch import CompiledKernel, Resources
@@ -27,6 +28,12 @@ from epmoe.kernels.launch import CompiledKernel, Resources
 SOURCES = Path(__file__).parent / "cu"
 ARCH = "sm_90a"
 MAGIC = b"epmoe-cubin-1\n"
+OPTIONS: dict[str, Any] = {
+    "std": "c++17",
+    "lineinfo": True,
+    "device_as_default_execution_space": True,
+    "ptxas_options": ["-v", "--warn-on-spills"],
+}
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -101,7 +108,8 @@ def _key(files: Mapping[str, str], constants: Mapping[str, str], arch: str) -> s
     from cuda.bindings import nvrtc
 
     version = nvrtc.nvrtcVersion()[1:]
-    told = [MAGIC.decode(), arch, version, sorted(files.items()), sorted(constants.items())]
+    sources = [sorted(files.items()), sorted(constants.items())]
+    told = [MAGIC.decode(), arch, version, sorted(OPTIONS.items()), *sources]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -115,14 +123,11 @@ def _build(source: str, text: str, constants: Mapping[str, str], arch: str) -> t
     log = Log()
     options = ProgramOptions(
         name=str(SOURCES / source),  # with its folder: a name alone is looked for where we run
-        std="c++17",
         arch=arch,
         include_path=str(SOURCES),
-        lineinfo=True,
-        device_as_default_execution_space=True,
-        ptxas_options=["-v", "--warn-on-spills"],
         no_cache=True,  # of its own: what comes from there comes without a log
         define_macro=list(constants.items()) or None,  # an empty list is refused
+        **OPTIONS,
     )
     try:
         code = Program(text, "c++", options=options).compile("cubin", logs=log)

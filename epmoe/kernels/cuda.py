@@ -1,4 +1,4 @@
-"""The verbs of a round on a GPU, one launch or two each: nothing here waits for the GPU."""
+"""The verbs of a round on a GPU, a launch each, the experts two: nothing here waits for the GPU."""
 
 from __future__ import annotations
 

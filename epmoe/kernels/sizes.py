@@ -87,13 +87,15 @@ def pullers_of(cut: Cut) -> int:
 
 
 def most_blocks(config: MoEConfig, ranks: int) -> int:
-    """Blocks of rows that routing can send to one rank: all rows to it, a part block a slot.
+    """Blocks of rows that routing can send to one rank: all choices to it, a part block a slot.
+
+    All of a row's, even where it has fewer slots: a slot named twice is asked twice.
 
     >>> most_blocks(MoEConfig(experts=4, choices=2, hidden=64, inner=64, max_rows=100), 2)
     6
     """
     local = config.slots_per_rank(ranks)
-    rows = ranks * config.max_rows * min(config.choices, local)
+    rows = ranks * config.max_rows * config.choices
     return -(-(rows + local * (BLOCK - 1)) // BLOCK)
 
 

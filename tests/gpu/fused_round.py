@@ -22,7 +22,7 @@ from epmoe import MoEConfig
 from epmoe.comm.layout import layout
 from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.fused import FusedOps
-from epmoe.kernels.sizes import FEW, MANY, SOME, cut_of
+from epmoe.kernels.sizes import FEW, MANY, SOME, cut_of, parts
 
 HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
 
@@ -92,9 +92,18 @@ def opened(config, limit_s=4.0, **how):
     return words, split, fused, weights
 
 
-def check(config, rounds, **how):
+def grown(fused, launches):
+    """Counters as after that many launches: a layer that serves for weeks counts past 2**32."""
+    tellers = parts(fused.grid, 1)
+    for which, each in ((0, 1), (1, tellers), (2, fused.grid), (7, 2)):  # cu/exchange.cuh Counter
+        value = launches * each % 2**32
+        fused._numbers[which] = value - 2**32 if value >= 2**31 else value
+
+
+def check(config, rounds, *, launches=0, **how):
     torch.manual_seed(1)
     words, split, fused, _ = opened(config, **how)
+    grown(fused, launches)
     rng, wrong = random.Random(1), []
     for i in range(rounds):
         rows = [0, config.max_rows, rng.randrange(1, config.max_rows), 1][i % 4]
@@ -113,7 +122,7 @@ def check(config, rounds, **how):
     what = (
         f"{config.activation} E{config.experts} K{config.choices} H{config.hidden} I{config.inner}"
     )
-    say("wrong" if wrong else "right", what, how, f"{rounds} rounds", wrong[:3])
+    say("wrong" if wrong else "right", what, how, f"{rounds} rounds", launches, wrong[:3])
     return not wrong
 
 
@@ -184,6 +193,7 @@ def main():
         "max_rows": 1500,
         "heap": "cuda",
     }
+    slots = {"experts": 256, "choices": 8, "max_rows": 256, "heap": "cuda"}
     if asked.tiny:
         few = MoEConfig(experts=4, choices=2, hidden=128, inner=64, max_rows=150, heap="cuda")
         sys.exit(not all(check(few, 2, cut=cut, limit_s=300.0) for cut in (FEW, MANY)))
@@ -192,8 +202,14 @@ def main():
     for cut in (FEW, SOME, MANY):
         good = good and check(MoEConfig(**small), 8, cut=cut, counted=False)
         good = good and check(MoEConfig(**small), 8, cut=cut)
+        # All CTAs together, a rank's telling CTAs and its words have counted past 2**32 by then.
+        good = good and check(MoEConfig(**small), 8, cut=cut, launches=2**32 // 132 - 3)
+        good = good and check(MoEConfig(**small), 8, cut=cut, launches=2**31 - 3)
         if asked.quick:
             continue
+        for hidden, inner in ((1024, 128), (128, 1024)):  # a product of one step, many tiles
+            config = MoEConfig(**slots | {"hidden": hidden, "inner": inner})
+            good = good and check(config, 4, cut=cut)
         for act in ("gelu", "gpt_oss"):
             config = MoEConfig(**small, activation=act, bias=True, weight_in="fc2")
             good = good and check(config, 4, cut=cut)

@@ -120,6 +120,11 @@ def test_memory_does_not_grow_with_what_routing_could_send(shape, rows, heap, pr
     assert most_blocks(one, 8) >= 8 * rows * 8 // 128  # all of it on one rank
 
 
+def test_a_slot_named_twice_has_room_for_both():
+    mixtral = config("mixtral", max_rows=512)  # one slot on each of 8 ranks
+    assert most_blocks(mixtral, 8) >= 2 * 8 * 512 // 128
+
+
 def test_the_ring_holds_what_must_be_under_way():
     dsv3 = config("dsv3", max_rows=8192)
     # an even share: 512 blocks of rows, and one more of each of 32 slots

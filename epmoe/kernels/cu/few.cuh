@@ -113,7 +113,7 @@ inline void multiply_stream(const World& world, const Private& mine, const Maps&
         pending = -1;
     };
     for (;;) {
-        if (!bar_test(hands.full(), hands.phase())) flush();
+        if (__any_sync(~0u, !bar_test(hands.full(), hands.phase()))) flush();
         laps.lap(FLUSH);
         const Hand hand = unpacked(hands.take());
         laps.lap(TAKE);
@@ -128,6 +128,7 @@ inline void multiply_stream(const World& world, const Private& mine, const Maps&
             narrow_run<ACT, BIAS, WEIGHT_IN_FC2>(ring, half, staging, n, group, steps, flush,
                                                  [&](int row) { return half.address_of(row); });
         laps.lap(hand.gemm ? FC2 : FC1);
+        flush();  // a product of one step has had no time for it
         // Who waits for FC2 wants its rows' memory, not its results; those are seen to at the end.
         if ((RING < BLOCKS || !hand.gemm) && n.tile * TALL + (int)group * 64 < (hand.gemm ? HIDDEN : N1))
             pending = progress(mine, this_epoch, hand.gemm ? WHOLE : HALF) - mine.blocks + hand.block;

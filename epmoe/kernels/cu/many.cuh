@@ -142,11 +142,13 @@ inline void multiply_stream(const World& world, const Private& mine, const Maps&
         const int row = hand.row + group * 64, rows = min(64, hand.rows - (int)group * 64);
         laps.lap(hand.gemm ? FC2 : FC1);
         if (hand.gemm) {
+            float scale[2] = {1.0f, 1.0f};
+            load_scale<BIAS && WEIGHT_IN_FC2>(scale, whole, row, rows);
             group_sync(1 + group);  // of this tile all has been read, and the staging is free
             if (RING < BLOCKS && hand.column < COLUMNS2 && thread == 0)
                 add_release(progress(mine, this_epoch, WHOLE) + hand.block, 1);
-            send_out<BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, address_of(world, home), staging, slot, row,
-                                                  rows, hand.column);
+            send_out<BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, scale, address_of(world, home), staging,
+                                                  slot, hand.column);
             laps.lap(OUT);
             continue;
         }

@@ -57,9 +57,10 @@ struct Order {
         return id;
     }
 
-    // For feeding warps only: the id that the first CTA of the cluster chose for both, `all` when
-    // there is no more or when `stop` says so.  Stopping is decided in one place, because a CTA
-    // that stops alone would leave the other without its half of what they share.
+    // For feeding warps only: the id that the first CTA of the cluster chose for both, ~0u when there
+    // is no more or when `stop` says so.  Stopping is decided in one place, and in a word that does
+    // not depend on what a CTA takes for `all`: after a fault one of the two may know of no tile, and
+    // a CTA that goes on alone would wait for the other's half of what they share.
     template <typename Stop>
     inline u32 lead(u32 clusters, u32 cluster, u32 all, Stop stop) {
         const u32 full = at + 16 * slot, empty = full + 8, word = at + 16 * IDS + 4 * slot;
@@ -70,7 +71,7 @@ struct Order {
                 bar_wait(empty, phase ^ 1);
                 id = counted ? atomicAdd(&shares->next, 1) : begun ? id + clusters : cluster;
                 begun = 1;
-                const u32 chosen = stop() ? all : min(id, all);
+                const u32 chosen = stop() || id >= all ? ~0u : id;
                 for (u32 r = 0; r < ctas; ++r) store_at(word, full, leader + r, chosen);
             }
         }

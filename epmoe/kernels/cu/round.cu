@@ -43,7 +43,7 @@ inline int rows_of(const World& world, int l) {
 // The last CTA of the launch to get here opens the next one.
 inline void leave(const World& world, bool good) {
     __threadfence();
-    if ((atomicAdd(counter(FINISHED), 1) + 1) % gridDim.x) return;
+    if (!last_to_count(FINISHED)) return;
     *counter(NEXT) = 0;
     *counter(EPOCH) += 1;
     if (good) *reinterpret_cast<u64*>(world.round) += 1;
@@ -54,15 +54,16 @@ inline void leave(const World& world, bool good) {
 // result.
 inline void end_moves(const World& world, u32 round) {
     __threadfence();
-    if ((atomicAdd(counter(MOVED), 1) + 1) % gridDim.x == 0 && !faulted(world))
-        publish_all(world, WORD_Y, round);
+    if (last_to_count(MOVED) && !faulted(world)) publish_all(world, WORD_Y, round);
 }
 
 // The first warp of the first CTA, for all of this rank: every rank's word `kind` of this round.
 inline void poll_words(const World& world, Kind kind, u32 round) {
     u32 value;
     const bool came = lane_index() >= RANKS || await(world, kind, lane_index(), round, value);
-    if (__all_sync(~0u, came) && lane_index() == 0) add_release(counter(CAME), 1);
+    const bool all = __all_sync(~0u, came);
+    __syncwarp();  // a vote orders no memory: what the lanes acquired is what lane 0 releases
+    if (all && lane_index() == 0) add_release(counter(CAME), 1);
 }
 
 // All threads of a CTA that pulls.

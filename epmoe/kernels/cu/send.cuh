@@ -13,14 +13,13 @@ inline u32 home_of_row(const Private& mine, int row, int live) {
 }
 
 // The counterpart of write_out for rows that go home: each lane knows the address of one, or 0.  The
-// caller has seen to it that nobody reads the staging buffer.
+// caller has seen to it that nobody reads the staging buffer, and has loaded the router weights: the
+// rows' place in the ring may be another's by now.
 template <bool biased, bool scaled>
-inline void send_out(float (&sums)[TILE_N / 2], const Out& out, u64 home, u32 staging, int slot,
-                     int row, int live, int column) {
+inline void send_out(float (&sums)[TILE_N / 2], const Out& out, const float (&scale)[2], u64 home,
+                     u32 staging, int slot, int column) {
     const u32 lane = lane_index(), warp = warp_index() % 4, own = lane % 16, chunk = lane / 16;
     const u32 bias = slot * out.width + column * TILE_N + 2 * (lane % 4), stage = staging + warp * 4096;
-    float scale[2] = {1.0f, 1.0f};
-    load_scale<scaled>(scale, out, row, live);
 #pragma unroll
     for (int first = 0; first < TILE_N; first += 128) {
         __syncwarp();  // the pass before has been read

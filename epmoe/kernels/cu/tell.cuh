@@ -172,15 +172,16 @@ struct Teller {
 // All threads of a CTA, of all: the round's beginning, up to the words C of this rank.
 inline void tell(const World& world, const Private& mine, const u8* x, const Choices& choices,
                  const float* weights, u32 rows, const Head& head, Telling& t, u32 epoch, u32 round) {
-    // Of an earlier launch: to acquire it would hold back all other loads for a microsecond.
-    const bool sound = !*reinterpret_cast<const volatile u32*>(world.fault);
+    // Of an earlier launch: to acquire it would hold back all other loads for a microsecond.  One
+    // answer for the CTA: the host may set it right now, and barriers below depend on it.
+    const bool sound = __syncthreads_and(!*reinterpret_cast<const volatile u32*>(world.fault));
     const bool tells = blockIdx.x < TELLERS;
     const Teller teller(world, mine, choices, rows, t);
     if (threadIdx.x >= 128) {
         if (sound) stage_rows(world, x, weights, rows);
     } else if (tells) {
         if (sound) teller.count();
-        group_sync(1);  // thread 0 has set `counters` too
+        group_sync(1);
         if (threadIdx.x == 0) {
             add_release(counter(PARTS_IN), 1);
             await_count(world, counter(PARTS_IN), (epoch + 1) * TELLERS);

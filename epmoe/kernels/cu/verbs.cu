@@ -283,7 +283,8 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32) push(World world, Priv
     __shared__ u32 last;
     if (threadIdx.x == 0) {
         __threadfence_system();
-        last = (atomicAdd(mine.pushed, 1) + 1) % gridDim.x == 0;
+        last = atomicAdd(mine.pushed, 1) + 1 == gridDim.x;
+        if (last) *mine.pushed = 0;
         __threadfence_system();
     }
     __syncthreads();
@@ -326,7 +327,8 @@ extern "C" __global__ void __launch_bounds__(256) reduce(World world, Private mi
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        if ((atomicAdd(mine.reduced, 1) + 1) % gridDim.x == 0) {
+        if (atomicAdd(mine.reduced, 1) + 1 == gridDim.x) {
+            *mine.reduced = 0;
             *mine.staged = 0;  // the lane's rounds are also other layers': they cannot be counted by
             if (good) *reinterpret_cast<u64*>(world.round) += 1;
         }
