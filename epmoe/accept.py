@@ -14,7 +14,6 @@ from epmoe.sched.freight import PIECE
 from epmoe.sched.placement import Placement
 
 MATRICES = ("w1", "w3", "w2")
-START = 16
 Wanted = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -131,6 +130,10 @@ def check_weights(
     if "w13" in given and device.type != "cpu":
         wanted = _joined(wanted)
     wanted |= {t.name: (t.shape, t.dtype) for t in shared}
+    # What kernels read as it was given; gate and up apart are copied, shared experts are torch's.
+    as_given = {t.name for t in declared} | {"w13", "b13"}
+    if "w3" in wanted:
+        as_given -= {"w1", "w3", "b1", "b3"}
     if missing := sorted(wanted.keys() - given.keys()):
         raise ValueError(f"load needs {', '.join(missing)}; wanted are {', '.join(wanted)}")
     if extra := sorted(given.keys() - wanted.keys()):
@@ -139,16 +142,18 @@ def check_weights(
         tensor = given[name]
         rows_apart = name in MATRICES and dtype in DTYPE.values()
         _check_tensor(name, tensor, len(shape), (dtype,), device, rows_apart=rows_apart)
-        check_start(name, tensor, device.type)
+        if name in as_given:
+            check_start(name, tensor, device.type)
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def check_start(name: str, tensor: Tensor, kind: str) -> None:
-    """Kernels read 16 bytes at a time; a view into a tensor may begin anywhere."""
-    if kind != "cpu" and tensor.data_ptr() % START:
+    """Kernels read rows and matrices 16 bytes at a time, biases 4; a view may begin anywhere."""
+    least = 4 if name.startswith("b") else 16
+    if kind != "cpu" and tensor.data_ptr() % least:
         raise ValueError(
-            f"{name} must begin at a multiple of {START} bytes on a GPU, got address "
+            f"{name} must begin at a multiple of {least} bytes on a GPU, got address "
             f"{tensor.data_ptr():#x}: a view that begins inside of a tensor?"
         )
 

@@ -117,5 +117,8 @@ def test_what_a_gpu_reads_begins_at_16_bytes():
     for good in (whole, whole[8:], whole[:0]):
         check_start("x", good, "cuda")
     check_start("x", whole[1:], "cpu")
+    check_start("b2", whole[2:], "cuda")
+    with pytest.raises(ValueError, match="b2 must begin at a multiple of 4 bytes on a GPU, got"):
+        check_start("b2", whole[1:], "cuda")
     with pytest.raises(ValueError, match="x must begin at a multiple of 16 bytes on a GPU, got"):
         check_start("x", whole[1:], "cuda")

@@ -5,7 +5,8 @@ is all that compiling needs: no driver, no GPU, no toolkit.  The driver is touch
 launch (or by ``load``, which a caller uses before a graph capture).
 
 The cache is one folder per user (0700).  A file's name is a hash of everything that decides its
-bytes: the source, all files it includes, the constants, the options, the compiler.  A file carries
+bytes, but for the path in its line table: the source, all files it includes, the constants, the
+options, the compiler.  A file carries
 the hash of its own content and appears by ``os.replace``: a reader sees a whole file or none, so
 any number of processes may race, and one that dies while writing leaves nothing that can be loaded.
 """

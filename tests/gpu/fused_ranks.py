@@ -38,6 +38,7 @@ CASES = {
     "relu2": {"hidden": 192, "inner": 320, "activation": "relu2", "bias": True, "choices": 1},
     "many": {"experts": 256, "choices": 8, "max_rows": 96},
     "ring": {"inner": 1024, "max_rows": 8000},  # more blocks may come than have memory
+    "one step": {"inner": 128, "max_rows": 8000},  # the same, and products of FC2 are over at once
 }
 
 

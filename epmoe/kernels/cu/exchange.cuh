@@ -86,8 +86,12 @@ inline bool await_came(const World& world, u32 target) {
     const u64 limit = *reinterpret_cast<const u64*>(world.limit);
     for (u32 turn = 0; (int)(load_acquire(counter(CAME)) - target) < 0; ++turn) {
         __nanosleep(turn < 64 ? 50 : 500);
-        if (turn % 64 == 63 && (faulted(world) || global_nanoseconds() - started > 2 * limit))
-            return false;  // twice: who polls the words gives up first, and says why
+        if (turn % 64 != 63) continue;
+        if (faulted(world)) return false;
+        // Twice: who polls the words gives up first and says why, unless it does not come to run.
+        const u64 waited = global_nanoseconds() - started;
+        if (waited > 2 * limit)
+            return fail(world, STOPPED, world.rank, 3, round_now(world), *counter(CAME), waited);
     }
     return true;
 }

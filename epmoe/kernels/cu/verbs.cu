@@ -107,7 +107,8 @@ inline bool words_came(const World& world, const Private& mine, u32 kind, u32 ro
     bool came = true;
     if (threadIdx.x == 0) {
         const u64 started = global_nanoseconds(), limit = *reinterpret_cast<const u64*>(world.limit);
-        for (u32 turn = 0; came && (int)(load_acquire(mine.came) - target) < 0; ++turn) {
+        // Not by difference: these verbs may not have run for as many rounds as there are numbers.
+        for (u32 turn = 0; came && load_acquire(mine.came) != target; ++turn) {
             __nanosleep(turn < 64 ? 50 : 500);
             if (turn % 64 == 63)  // twice: block 0 gives up first and says why
                 came = !faulted(world) && global_nanoseconds() - started <= 2 * limit;
