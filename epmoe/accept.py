@@ -105,11 +105,17 @@ def check_placement(
             f"freight must be at least {2 * PIECE} bytes for experts to move, got {config.freight}"
         )
     if budget is not None:
-        if not PIECE <= budget <= half:
-            raise ValueError(f"budget must be in {PIECE}..{half} (half of freight), got {budget}")
-        if config.lanes > 1:
-            # Rounds of different lanes have no common order: they could not switch together.
-            raise ValueError(f"budget needs a layer with one lane, got {config.lanes} lanes")
+        check_budget(config, budget)
+
+
+def check_budget(config: MoEConfig, budget: int) -> None:
+    """Bytes that the forwards of this layer can carry."""
+    half = config.freight // 2
+    if not PIECE <= budget <= half:
+        raise ValueError(f"budget must be in {PIECE}..{half} (half of freight), got {budget}")
+    if config.lanes > 1:
+        # Rounds of different lanes have no common order: they could not switch together.
+        raise ValueError(f"budget needs a layer with one lane, got {config.lanes} lanes")
 
 
 def check_weights(
@@ -141,6 +147,8 @@ def check_weights(
     for name, (shape, dtype) in wanted.items():
         tensor = given[name]
         rows_apart = name in MATRICES and dtype in DTYPE.values()
+        if device.type != "cpu" and name in as_given:
+            rows_apart = False  # experts that move are copied whole, not row by row
         _check_tensor(name, tensor, len(shape), (dtype,), device, rows_apart=rows_apart)
         if name in as_given:
             check_start(name, tensor, device.type)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from epmoe.accept import check_budget
 from epmoe.moe import MoE
 from epmoe.sched.balance import max_over_mean, rebalance
 
@@ -20,7 +21,8 @@ class BalanceRule:
     threshold: float = 1.1  # max/mean rank load that is good enough to leave things as they are
     enough: float | None = 1.02  # max/mean at which a plan stops moving slots; see ``rebalance``
     gain: float = 0.05  # a plan must lower max/mean by this much to be worth moving for
-    budget: int = 1 << 20  # bytes out of and into a rank per forward while experts move
+    # Bytes out of and into a rank per forward while experts move; None: half of the freight.
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("interval", "window"):
@@ -46,6 +48,8 @@ class Balancer:
     def __init__(self, layers: Sequence[MoE], rule: BalanceRule) -> None:
         self.layers, self.rule = tuple(layers), rule
         for moe in self.layers:
+            check_budget(moe.config, self._budget(moe))  # now, not when experts must move
+        for moe in self.layers:
             moe.remember(window=rule.window, decay=rule.decay)
         self.steps = 0
         self.moved = 0  # placements asked for so far
@@ -58,8 +62,11 @@ class Balancer:
         for moe in self.layers:
             self._look(moe)
 
+    def _budget(self, moe: MoE) -> int:
+        return moe.config.freight // 2 if self.rule.budget is None else self.rule.budget
+
     def _look(self, moe: MoE) -> None:
-        loads_E, current = moe.loads(), moe.placement
+        loads_E, current = moe.observe(), moe.placement
         if moe.moving or not bool(loads_E.any()):
             return
         now = max_over_mean(loads_E, [current])[0]
@@ -70,7 +77,7 @@ class Balancer:
         )
         if now - max_over_mean(loads_E, [better])[0] < self.rule.gain:
             return
-        moe.place(better, budget=self.rule.budget)
+        moe.place(better, budget=self._budget(moe))
         self.moved += 1
 
 

@@ -89,8 +89,8 @@ class MoEConfig:
                 )
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a str, got {type(self.name).__name__}")
-        if not self.name or len(self.name) > 64:
-            raise ValueError(f"name must have 1 to 64 characters, got {self.name!r}")
+        if not 1 <= len(self.name.encode(errors="replace")) <= 64 or not self.name.isprintable():
+            raise ValueError(f"name must have 1 to 64 bytes of printable text, got {self.name!r}")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -47,10 +47,11 @@ class CudaRounds:
         placement = linear(runtime, self._config)
         self._chooser = Chooser(self._config, placement, runtime.group.rank)
         self._table = self._chooser.table
-        self._expert_of_S = torch.tensor(placement.expert_of_S)
+        self._expert_of_S = torch.tensor(placement.expert_of_S, device="cpu")
         # Counts up to a change of placement, and what the slots held until then.
         self._unread: list[tuple[Tensor, Tensor]] = []
-        self._counted = torch.zeros(self._config.places, dtype=torch.int64)
+        self._counted = torch.zeros(self._config.places, dtype=torch.int64, device="cpu")
+        self._rows_E = torch.zeros(self._config.experts, dtype=torch.int64, device="cpu")
 
     def kept(self, tensors: Tensors) -> Tensors:
         """See ``Rounds``; the kernels' layout is made here, never in a forward."""
@@ -63,7 +64,7 @@ class CudaRounds:
     def place(self, placement: Placement) -> None:
         """See ``Rounds``.  Captured graphs choose by it too: the tables stay where they are."""
         self._unread.append((self.ops.loads.clone(), self._expert_of_S))
-        self._expert_of_S = torch.tensor(placement.expert_of_S)
+        self._expert_of_S = torch.tensor(placement.expert_of_S, device="cpu")
         self._chooser.place(placement)
 
     def slots(self, ids: Tensor) -> Tensor:
@@ -113,13 +114,15 @@ class CudaRounds:
         verbs.reduce(slots, weights, None, x)
 
     def counted(self) -> Tensor:
-        """See ``Rounds``; waits for the GPU."""
-        rows_E = torch.zeros(self._config.experts, dtype=torch.int64)
+        """See ``Rounds``; waits for the GPU, whatever stream the rounds were on."""
+        torch.cuda.synchronize()
+        rows_E = self._rows_E.clone()
         for loads, expert_of_S in (*self._unread, (self.ops.loads, self._expert_of_S)):
             total = loads.cpu()
             rows_E.scatter_add_(0, expert_of_S, total - self._counted)
             self._counted = total
         self._unread.clear()
+        self._rows_E = rows_E
         return rows_E
 
     def carrier(self) -> Carrier:

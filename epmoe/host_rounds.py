@@ -31,7 +31,7 @@ class HostRounds:
             describe=runtime.describe,
         )
         self._shared = shared
-        self._rows_E = torch.zeros(self._config.experts, dtype=torch.int64)
+        self._rows_E = torch.zeros(self._config.experts, dtype=torch.int64, device="cpu")
         self.place(linear(runtime, self._config))
 
     def kept(self, tensors: Tensors) -> Tensors:
@@ -44,7 +44,7 @@ class HostRounds:
     def place(self, placement: Placement) -> None:
         """See ``Rounds``."""
         self._placement = placement
-        self._expert_of_S = torch.tensor(placement.expert_of_S)
+        self._expert_of_S = torch.tensor(placement.expert_of_S, device="cpu")
         self._identity = placement.expert_of_S == tuple(range(placement.experts))
 
     def slots(self, ids: Tensor) -> Tensor:
@@ -72,13 +72,13 @@ class HostRounds:
         ops.push(y, plan, round)
         out = ops.reduce(slots, weights, shared, round, limit_s)
         turn.round += 1
-        self._rows_E.scatter_add_(0, self._expert_of_S, plan.rows_S)
+        # A new one: a tensor made in inference mode could not be written outside of it.
+        self._rows_E = self._rows_E.scatter_add(0, self._expert_of_S, plan.rows_S)
         return out
 
     def counted(self) -> Tensor:
         """See ``Rounds``."""
-        rows_E, self._rows_E = self._rows_E, torch.zeros_like(self._rows_E)
-        return rows_E
+        return self._rows_E
 
     def carrier(self) -> Carrier:
         """See ``Rounds``."""

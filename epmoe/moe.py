@@ -19,13 +19,13 @@ from epmoe.errors import EpmoeError
 from epmoe.formats import format_of
 from epmoe.formats.declare import agreed_values
 from epmoe.kernels.ops import VERBS
+from epmoe.observed import Observed
 from epmoe.operator import enrolled, forward
 from epmoe.placing import Placing, nothing
 from epmoe.rounds import open_rounds
 from epmoe.runtime import Runtime, agree
 from epmoe.sched import chunks as cutting
 from epmoe.sched.chunks import Chunks
-from epmoe.sched.loads import Loads
 from epmoe.sched.placement import Placement
 from epmoe.shared import shared_tensors
 
@@ -51,11 +51,12 @@ class MoE:
         self._device = runtime.device
         self._weights: dict[str, Tensor] = {}
         self._shared: dict[str, Tensor] = {}
-        self._seen = [Loads(experts=self.config.experts) for _ in range(self.config.lanes)]
         self._rounds = [
             open_rounds(runtime, layer, lane, self._weights, self._shared)
             for lane in range(self.config.lanes)
         ]
+        queued = self._device.type != "cpu"
+        self._observed = Observed(self.config.experts, self._rounds, queued=queued)
         self._placing = Placing(runtime, layer, self._weights, self._rounds)
         runtime.views += [rounds.close for rounds in self._rounds]
 
@@ -72,7 +73,12 @@ class MoE:
         """
         with torch.inference_mode(False):  # or the heap could not be written outside of that mode
             runtime = Runtime.open(configs, group)
-            return tuple(cls(runtime, layer) for layer in range(len(configs)))
+            try:
+                with group.guarded("make the layers", configs[0].open_s):
+                    return tuple(cls(runtime, layer) for layer in range(len(configs)))
+            except BaseException:
+                runtime.close()
+                raise
 
     def load(self, **tensors: Tensor) -> None:
         """The tensors of my slots, in the format's declared names; kept, not copied.
@@ -89,6 +95,7 @@ class MoE:
         with group.guarded(f"load layer {self.layer} ({config.name})", config.open_s):
             declared, shared = format_of(config).tensors(config), shared_tensors(config)
             slots = config.slots_per_rank(group.size)
+            self._placing.refuse_load()
             check_weights(declared, shared, tensors, slots, self._device)
             common = agreed_values(format_of(config).agreed(config), tensors)
         if common:  # a row is written on one rank and read on another: they need the same scale
@@ -96,11 +103,12 @@ class MoE:
             agree(facts, group, what="scales", limit_s=config.open_s)
         names = {t.name for t in shared}
         routed = {n: t for n, t in tensors.items() if n not in names}
-        self._weights.update(self._rounds[0].kept(routed))
-        self._shared.update({n: t for n, t in tensors.items() if n in names})
-        for rounds in self._rounds:
-            rounds.adopt()
-        self._placing.adopt()
+        with group.guarded(f"lay out layer {self.layer} ({config.name})", config.open_s):
+            self._weights.update(self._rounds[0].kept(routed))
+            self._shared.update({n: t for n, t in tensors.items() if n in names})
+            for rounds in self._rounds:
+                rounds.adopt()
+            self._placing.adopt()
 
     def __call__(
         self,
@@ -180,7 +188,8 @@ class MoE:
                             turn, x[span], slots[span], weights[span], head, freight
                         )
                     )
-            self._observe(lane)
+            if self._device.type == "cpu":  # a GPU counts by itself and is asked by ``observe``
+                self._observed.begin(lane)
         if refused is not None:
             raise refused
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -219,22 +228,26 @@ class MoE:
         """Rows every logical expert got lately, from all ranks: the same numbers on every rank.
 
         float64 of length experts, over the last forwards that had rows: 1,000, or what
-        ``remember`` says (on a GPU, one forward is what came between two looks).  Choices of -1 are
-        not counted.  Readable at any time; on a GPU this waits for the rounds that are queued.
+        ``remember`` says (on a GPU, one forward is what came between two calls of ``observe``).
+        Choices of -1 are not counted.  Readable at any time, by one rank alone; on a GPU this waits
+        for the rounds that are queued.
         """
-        if self._device.type != "cpu":
-            for lane in range(self.config.lanes):
-                self._count(lane)
-        return torch.stack([seen.loads_E for seen in self._seen]).sum(0)
+        return self._observed.loads()
+
+    def observe(self) -> Tensor:
+        """``loads``, and on a GPU the next forward of the window begins.
+
+        Between the same forwards on every rank, or the ranks' loads differ: a balancer does it.
+        """
+        self._observed.begin_all()
+        return self.loads()
 
     def remember(self, *, window: int = 1000, decay: float = 1.0) -> None:
         """How many forwards ``loads`` sums, and how much less the older ones weigh; starts anew.
 
         The same on every rank, or the ranks' loads differ.
         """
-        self.loads()
-        new = Loads(experts=self.config.experts, window=window, decay=decay)
-        self._seen = [new for _ in self._seen]
+        self._observed.remember(window, decay)
 
     def check(self) -> None:
         """Raise if this layer's heap is closed or unusable, or if a round on the GPU failed.
@@ -274,14 +287,6 @@ class MoE:
         except (ValueError, TypeError) as error:
             return type(error)(f"rank {group.rank}: {error}")
         return None
-
-    def _observe(self, lane: int) -> None:
-        """Once per forward on the host; a GPU counts by itself and is asked by ``loads``."""
-        if self._device.type == "cpu":
-            self._count(lane)
-
-    def _count(self, lane: int) -> None:
-        self._seen[lane] = self._seen[lane].observe(self._rounds[lane].counted())
 
     def _chunks(self, context: ForwardContext | None, rows: int) -> Chunks:
         """From rank-identical numbers only; without a context every rank runs one full chunk."""

@@ -44,14 +44,17 @@ class Placing:
         """See ``MoE.place``."""
         config, group = self._config, self._runtime.group
         self._runtime.check()
+        if self._runtime.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+            raise EpmoeError(f"rank {group.rank}: place may not be captured: it waits for the GPU")
         phase = f"place layer {self._layer} ({config.name})"
         with group.guarded(phase, config.stall_s) as said:
             check_placement(config, placement, budget, group.size)
             if self.migration is not None:
                 raise ValueError("placement: the layer is on its way to another one already")
-            migration = self._towards(placement, budget, verify)
-            # No rank leaves the phase, so no round waits, while another still makes its shadows.
-            migration.begin(at_once=budget is None)
+            with torch.inference_mode(False):  # or the shadows could be written in that mode only
+                migration = self._towards(placement, budget, verify)
+                # No rank leaves the phase, so no round waits, while another makes its shadows.
+                migration.begin(at_once=budget is None)
             said.mine = repr((budget, verify, placement.expert_of_S)).encode()
         for rank, answer in enumerate(said.by_rank):
             if answer != said.by_rank[0]:
@@ -84,6 +87,14 @@ class Placing:
         self.epoch += 1
         if self.migration.done:
             self.migration = None
+
+    def refuse_load(self) -> None:
+        """``EpmoeError`` while experts move: what arrives would be slots of the older weights."""
+        if self.migration is not None:
+            raise EpmoeError(
+                f"rank {self._runtime.group.rank}: layer {self._layer} ({self._config.name}) is "
+                "moving experts: load again when `moving` is False"
+            )
 
     def refuse_capture(self) -> None:
         """``EpmoeError`` while experts move and a graph is being captured."""

@@ -42,7 +42,7 @@ class Rounds(Protocol):
         """One round; my rows' results."""
 
     def counted(self) -> Tensor:
-        """Rows of every expert, of all ranks, since this was last asked: int64 on the host."""
+        """Rows of every expert, of all ranks, since the layer was opened: int64 on the host."""
 
     def carrier(self) -> Carrier:
         """What copies freight between the rounds' verbs."""

@@ -213,6 +213,7 @@ class Runtime:
         if self.fault is not None:
             _forget_views(self.fault)
         for lane in self.lanes:
+            lane.pools.clear()
             lane.words.close()
         self.heap.close()
 

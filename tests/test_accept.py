@@ -122,3 +122,17 @@ def test_what_a_gpu_reads_begins_at_16_bytes():
         check_start("b2", whole[1:], "cuda")
     with pytest.raises(ValueError, match="x must begin at a multiple of 16 bytes on a GPU, got"):
         check_start("x", whole[1:], "cuda")
+
+
+def test_gpus_take_no_matrix_in_rows_that_they_would_read_as_it_was_given():
+    declared = format_of(CONFIG).tensors(CONFIG)
+    whole = {t.name: torch.empty(2, *t.shape, dtype=t.dtype, device="meta") for t in declared}
+    check_weights(declared, (), whole, 2, META)
+    for name, good in (("w1", True), ("w2", False)):
+        wide = torch.empty(*whole[name].shape[:2], 2 * whole[name].shape[2], device="meta")
+        apart = wide.to(whole[name].dtype)[:, :, : whole[name].shape[2]]
+        if good:  # gate and up are copied into one
+            check_weights(declared, (), whole | {name: apart}, 2, META)
+            continue
+        with pytest.raises(ValueError, match="w2 must be contiguous"):
+            check_weights(declared, (), whole | {name: apart}, 2, META)

@@ -91,6 +91,14 @@ def test_drifting_load_is_brought_near_the_mean(rank, group):
 
 
 @ranks(2)
+def test_a_budget_that_no_forward_can_carry_is_refused_at_once(rank, group):
+    with MoE.open(CONFIG, group) as moe:
+        Balancer([moe], BalanceRule())  # half of the freight, whatever that is
+        with pytest.raises(ValueError, match=r"budget must be in 16\.\.32768"):
+            Balancer([moe], BalanceRule(budget=1 << 16))
+
+
+@ranks(2)
 def test_balanced_or_unknown_loads_move_nothing(rank, group):
     with MoE.open(CONFIG, group) as moe:
         moe.load(**held(integer_weights(CONFIG), moe.placement, rank))

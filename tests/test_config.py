@@ -36,8 +36,10 @@ WRONG = [
     ({"max_rows": 1 << 30}, ValueError, r"max_rows \* choices must be below 2\*\*31"),
     ({"format": "fp8", "hidden": 40}, ValueError, "hidden must be a multiple of 32 .*, got 40"),
     ({"format": "nvfp4", "inner": 8}, ValueError, "inner must be a multiple of 32 .*, got 8"),
-    ({"name": ""}, ValueError, "name must have 1 to 64 characters, got ''"),
-    ({"name": "n" * 65}, ValueError, "name must have 1 to 64 characters"),
+    ({"name": ""}, ValueError, "name must have 1 to 64 bytes of printable text, got ''"),
+    ({"name": "n" * 65}, ValueError, "name must have 1 to 64 bytes"),
+    ({"name": "層" * 22}, ValueError, "name must have 1 to 64 bytes"),
+    ({"name": "a\nb"}, ValueError, "name must have 1 to 64 bytes"),
     ({"name": 5}, TypeError, "name must be a str, got int"),
 ]
 

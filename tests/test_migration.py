@@ -191,6 +191,34 @@ def test_what_cannot_be_placed_is_refused_on_all_ranks(rank, group):
         assert not moe.moving
 
 
+@ranks(2)
+def test_while_experts_move_no_others_are_loaded(rank, group):
+    with MoE.open(EXACT, group) as moe:
+        weights = held(integer_weights(EXACT), moe.placement, rank)
+        moe.load(**weights)
+        moe.place(shuffled(random.Random(3), EXACT, 2), budget=1 << 10)
+        with pytest.raises(EpmoeError, match="is moving experts: load again when `moving` is"):
+            moe.load(**weights)
+        assert moe.moving
+        group.allgather(b"", what="done", limit_s=20)
+
+
+@ranks(2)
+def test_a_placement_asked_for_in_inference_mode_comes_outside_of_it(rank, group):
+    with MoE.open(EXACT, group) as moe:
+        moe.load(**held(integer_weights(EXACT), moe.placement, rank))
+        wanted = shuffled(random.Random(3), EXACT, 2)
+        with torch.inference_mode():
+            moe.place(wanted, budget=1 << 12)
+        nothing = torch.zeros(0, EXACT.hidden), torch.zeros(0, EXACT.choices, dtype=torch.int64)
+        while moe.moving:
+            moe(*nothing, torch.zeros(0, EXACT.choices))
+        assert moe.placement == wanted
+        for name, slots in held(integer_weights(EXACT), wanted, rank).items():
+            assert torch.equal(moe._weights[name], slots), name
+        group.allgather(b"", what="done", limit_s=20)
+
+
 def killed_while_moving(seed):
     """One schedule: a rank is killed, or fails, at a random moment of a migration."""
     rng = random.Random(seed)

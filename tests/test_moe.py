@@ -226,6 +226,16 @@ def test_the_callers_modes_change_no_bit(rank, group, traffic, mode, inside):
 
 
 @ranks(2)
+def test_forwards_may_alternate_between_inference_mode_and_none(rank, group, traffic):
+    moe = traffic.open(group)
+    for n in range(6):
+        with torch.inference_mode(n % 2 == 0):
+            assert traffic.run(moe, rank, n)
+    group.allgather(b"", what="done", limit_s=20)
+    moe.close()
+
+
+@ranks(2)
 def test_weights_that_require_grad_leave_no_graph_behind(rank, group):
     traffic = Traffic(2, config=replace(CONFIG, shared_inner=8))
     with MoE.open(traffic.config, group) as moe:

@@ -46,8 +46,6 @@ class DeviceWords:
         self._gone = torch.zeros(self.ranks, dtype=torch.int32).pin_memory()
         # A stream of its own: a leave must reach the peers while a kernel of ours still waits.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        for rank in watch.lost:
-            self._gone[rank] = 1
         watch.on_loss(self._lost)
 
     def world(self) -> bytes:

@@ -7,10 +7,12 @@ truncating it.  Mappings are not inherited by forked children (``MADV_DONTFORK``
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -32,9 +34,11 @@ class HostHeap:
         self._slabs: list[torch.Tensor] = []
         fds: dict[int, int] = {}
         try:
-            with group.guarded("make the slab", limit_s):
+            # All look before any takes: who looked later would count the others' slabs twice.
+            with group.guarded("look for memory", limit_s):
                 if reason := why_not(nbytes * group.size):
                     raise EpmoeError(f"rank {group.rank}: no host heap here: {reason}")
+            with group.guarded("make the slab", limit_s):
                 fds[group.rank] = _memory_file(nbytes, group.rank)
             with group.guarded("map the peers", limit_s):
                 fds |= pass_fds(group, fds[group.rank], what="slab", limit_s=limit_s)
@@ -61,6 +65,17 @@ class HostHeap:
         self._slabs.clear()
 
 
+def _never_unmap() -> None:
+    """In a forked child, where the slabs are not mapped and other memory may lie in their place:
+    an object that is collected there would unmap it."""
+    for mapping in _mappings:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
+
+
+_mappings: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_never_unmap)
+
+
 def why_not(nbytes: int = 0) -> str:
     """An empty text, or why this machine cannot hold a host heap of ``nbytes`` on all ranks."""
     if not hasattr(os, "memfd_create"):
@@ -84,7 +99,13 @@ def free_memory() -> int:
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
-    except OSError:  # no control group of version 2, or not visible from here: the machine decides
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(stat["inactive_file"])  # files read lately, given back when memory is wanted
+    except (
+        OSError,
+        KeyError,
+    ):
+        # No control group of version 2, or not visible from here: the machine decides.
         return free
     return free if limit == "max" else min(free, int(limit) - used)
 
@@ -110,4 +131,5 @@ def _mapped(fd: int, nbytes: int, rank: int) -> torch.Tensor:
         raise EpmoeError(f"the slab of rank {rank} has {size} bytes, the layout says {nbytes}")
     mapping = mmap.mmap(fd, nbytes)
     mapping.madvise(mmap.MADV_DONTFORK)
+    _mappings.add(mapping)
     return torch.frombuffer(mapping, dtype=torch.uint8)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import queue
 import select
 import socket
+import threading
 import time
 from datetime import timedelta
 from typing import Any, Protocol
 
 from epmoe.errors import EpmoeError, PeerLost
 
+GRACE_S = 2.0  # for who gives up in time to say who was absent
+_pending: list[tuple[Any, bytearray, bytearray]] = []  # what MPI still holds
 MEET, ALL, LOST, ASK, ABSENT = b"M", b"A", b"L", b"Q", b"W"  # first byte between rank and hub
 
 
@@ -94,7 +98,31 @@ class Store:
         self.host, self.port, self.run, self.hosted = host, port, run, hosted
 
     def meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
-        """Keys hold the run, its restart count and how often this rank has met before."""
+        """Keys hold the run, its restart count and how often this rank has met before.
+
+        In a thread: against a server that is stopped, some calls of the store have no limit.
+        """
+        said: queue.SimpleQueue[list[bytes] | BaseException] = queue.SimpleQueue()
+
+        def talk() -> None:
+            try:
+                said.put(self._meet(introduction, limit_s))
+            except BaseException as error:  # noqa: BLE001  raised below, where it is waited for
+                said.put(error)
+
+        threading.Thread(target=talk, name="epmoe store", daemon=True).start()
+        try:
+            found = said.get(timeout=limit_s + GRACE_S)
+        except queue.Empty:
+            raise EpmoeError(
+                f"rank {self.rank}: the store at {self.host}:{self.port} accepts and does not "
+                f"answer, for {limit_s:g} s"
+            ) from None
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _meet(self, introduction: bytes, limit_s: float) -> list[bytes]:
         from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
         until = time.monotonic() + limit_s
@@ -153,6 +181,7 @@ class Mpi:
         long = len(introduction)
         mine, found = bytearray(introduction), bytearray(long * self.size)
         request = self.comm.Iallgather(mine, found)
+        _pending.append((request, mine, found))  # MPI may write into them after we have left
         until = time.monotonic() + limit_s
         while not request.Test():
             if time.monotonic() > until:
@@ -161,6 +190,7 @@ class Mpi:
                     f"{limit_s:g} s; MPI does not say who is absent"
                 )
             time.sleep(0.0005)
+        _pending.remove((request, mine, found))
         return [bytes(found[i : i + long]) for i in range(0, len(found), long)]
 
 

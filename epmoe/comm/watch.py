@@ -37,9 +37,14 @@ class Watch:
         self._opener = os.getpid()
         self._thread: threading.Thread | None = None
         self._closed = False
-        for peer in self._peers.values():
-            self._open(peer)
-        self._wake, self._bell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            for peer in self._peers.values():
+                self._open(peer)
+            self._wake, self._bell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            for fd in self.fds.values():
+                os.close(fd)
+            raise
         if len(self.lost) < len(self._peers):
             self._thread = threading.Thread(target=self._run, name="epmoe watch", daemon=True)
             self._thread.start()

@@ -90,7 +90,7 @@ class Loads:
     @property
     def loads_E(self) -> Tensor:
         """float64; the same bits on every rank that observed the same counts."""
-        loads_E = torch.zeros(self.experts, dtype=torch.float64)
+        loads_E = torch.zeros(self.experts, dtype=torch.float64, device="cpu")
         for counts_E in self.kept:
             loads_E = loads_E * self.decay + counts_E
         return loads_E

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import os
 from pathlib import Path
 
@@ -93,3 +95,21 @@ def test_too_much_is_refused_with_both_sizes_before_it_is_taken():
 def test_a_heap_that_is_not_there_is_no_other_heap(rank, group):
     with pytest.raises(ValueError, match="heap must be host, cuda or nvshmem, got 'paper'"):
         open_heap("paper", group, SIZE, generation=1, limit_s=20)
+
+
+def test_a_forked_child_that_collects_its_heap_keeps_its_own_memory():
+    mapping = host._mapped(host._memory_file(1 << 24, 0), 1 << 24, 0)
+    begin = mapping.data_ptr()
+    pid = os.fork()
+    if pid == 0:  # the slab is not mapped here: what the child maps may lie in its place
+        try:
+            own = [mmap.mmap(-1, 1 << 22) for _ in range(16)]
+            del mapping
+            gc.collect()
+            for one in own:
+                one[:: 1 << 12] = bytes(1 << 10)  # a fault of memory, if it has been unmapped
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert begin
+    assert os.waitpid(pid, 0)[1] == 0

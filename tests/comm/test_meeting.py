@@ -85,6 +85,19 @@ def test_the_store_says_who_is_absent(store_env):
     several(3, body)
 
 
+def test_a_store_that_never_answers_is_left(monkeypatch):
+    monkeypatch.setattr(meeting, "GRACE_S", 0.5)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(8)
+        where = mute.getsockname()
+        one = meeting.Store(*where, "run", 1, 2, None, hosted=True)
+        begun = time.monotonic()
+        with pytest.raises(EpmoeError, match=f"rank 1.*the store at 127.0.0.1:{where[1]}"):
+            one.meet(b"x", 1.0)
+        assert time.monotonic() - begun < 5
+
+
 def test_the_hub_says_who_is_absent_and_the_next_meeting_works():
     def body(rank):
         hub = launcher.from_env(os.environ)
