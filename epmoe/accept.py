@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from epmoe.comm.heap import MOST_DEVICE_RANKS
 from epmoe.config import MoEConfig
 from epmoe.context import ForwardContext
 from epmoe.formats import DTYPE, SlotTensor
@@ -15,6 +16,23 @@ from epmoe.sched.placement import Placement
 
 MATRICES = ("w1", "w3", "w2")
 Wanted = tuple[tuple[int, ...], torch.dtype]
+
+
+def check_ranks(config: MoEConfig, ranks: int) -> None:
+    """A layer that so many ranks can share."""
+    config.slots_per_rank(ranks)
+    if config.heap == "host":
+        return
+    if ranks > MOST_DEVICE_RANKS:
+        raise ValueError(
+            f"ranks must be at most {MOST_DEVICE_RANKS} on a {config.heap} heap, got {ranks}"
+        )
+    if config.lanes > 1 and ranks > 1:
+        raise ValueError(
+            f"lanes must be 1 on a {config.heap} heap of {ranks} ranks, got {config.lanes}: a "
+            "round fills its GPU, and two ranks that begin their lanes' rounds in different order "
+            "would wait for each other"
+        )
 
 
 def check_batch(

@@ -79,11 +79,11 @@ class Placing:
         """Between forwards: the next step to the new placement, if all of it has arrived."""
         if self.migration is None or not self.migration.arrived:
             return
-        self._all_lanes()
+        self._all_streams()
         self.placement = self.migration.switch()
         for rounds in self._rounds:
             rounds.place(self.placement)
-        self._all_lanes()
+        self._all_streams()
         self.epoch += 1
         if self.migration.done:
             self.migration = None
@@ -132,9 +132,9 @@ class Placing:
             runtime.carrier = self._rounds[0].carrier()
         return runtime.carrier
 
-    def _all_lanes(self) -> None:
-        """Lanes on streams of their own have no order; a switch comes after all or before all."""
-        if self._runtime.device.type != "cpu" and self._config.lanes > 1:
+    def _all_streams(self) -> None:
+        """Forwards may be on any stream; a switch comes after all or before all."""
+        if self._runtime.device.type != "cpu":
             torch.cuda.synchronize()
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from epmoe import comm
+from epmoe.accept import check_ranks
 from epmoe.comm.group import Group
-from epmoe.comm.heap import MOST_DEVICE_RANKS, DeviceHeap, Heap
+from epmoe.comm.heap import DeviceHeap, Heap
 from epmoe.comm.layout import Layout, layout
 from epmoe.comm.words import ROUNDS, LastWords, Words
 from epmoe.config import MoEConfig
@@ -97,18 +98,7 @@ class Runtime:
         limit_s = configs[0].open_s if configs else 600.0
         compare(configs, group, limit_s)  # first: what follows would raise on the odd rank alone
         for config in configs:
-            config.slots_per_rank(group.size)
-            if config.heap != "host" and group.size > MOST_DEVICE_RANKS:
-                raise ValueError(
-                    f"ranks must be at most {MOST_DEVICE_RANKS} on a {config.heap} heap, "
-                    f"got {group.size}"
-                )
-            if config.lanes > 1 and config.heap != "host" and group.size > 1:
-                raise ValueError(
-                    f"lanes must be 1 on a {config.heap} heap of {group.size} ranks, got "
-                    f"{config.lanes}: a round fills its GPU, and two ranks that begin their lanes' "
-                    "rounds in different order would wait for each other"
-                )
+            check_ranks(config, group.size)
         placed = layout(configs, group.size)
         heap = comm.open_heap(configs[0].heap, group, placed.total, generation=1, limit_s=limit_s)
         return cls(configs, group, heap, placed)

@@ -101,10 +101,7 @@ def free_memory() -> int:
         used = int((group / "memory.current").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used -= int(stat["inactive_file"])  # files read lately, given back when memory is wanted
-    except (
-        OSError,
-        KeyError,
-    ):
+    except (OSError, KeyError):
         # No control group of version 2, or not visible from here: the machine decides.
         return free
     return free if limit == "max" else min(free, int(limit) - used)

@@ -6,9 +6,9 @@ launch (or by ``load``, which a caller uses before a graph capture).
 
 The cache is one folder per user (0700).  A file's name is a hash of everything that decides its
 bytes, but for the path in its line table: the source, all files it includes, the constants, the
-options, the compiler.  A file carries
-the hash of its own content and appears by ``os.replace``: a reader sees a whole file or none, so
-any number of processes may race, and one that dies while writing leaves nothing that can be loaded.
+options, the compiler.  A file carries the hash of its own content and appears by ``os.replace``: a
+reader sees a whole file or none, so any number of processes may race, and one that dies while
+writing leaves nothing that can be loaded.
 """
 
 from __future__ import annotations
