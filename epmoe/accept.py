@@ -146,16 +146,18 @@ def check_weights(
     """Exactly the declared tensors, each with the slots of this rank in front.
 
     A matrix in fp32 or bf16 may be a view whose rows lie apart, as gate and up do that are stored
-    as one tensor: every reader goes row by row.  All else must be contiguous.  A kernel that needs
-    more says so itself.  On a GPU gate and up may also come as the one tensor that its kernels
-    read: ``w13`` instead of ``w1`` and ``w3``, ``b13`` with it (``interleave_``).
+    as one tensor: every reader goes row by row.  All else must be contiguous, on a GPU also what
+    its kernels read as it was given.  A kernel that needs more says so itself.  On a GPU gate and
+    up may also come as the one tensor that its kernels read: ``w13`` instead of ``w1`` and ``w3``,
+    ``b13`` with it (``interleave_``).
     """
     wanted = {t.name: ((slots, *t.shape), t.dtype) for t in declared}
     if "w13" in given and device.type != "cpu":
         wanted = _joined(wanted)
     wanted |= {t.name: (t.shape, t.dtype) for t in shared}
-    # What kernels read as it was given; gate and up apart are copied, shared experts are torch's.
-    as_given = {t.name for t in declared} | {"w13", "b13"}
+    # What a GPU's kernels read and what moves whole: gate and up apart are copied before that, and
+    # shared experts are torch's.
+    as_given = set() if device.type == "cpu" else {t.name for t in declared} | {"w13", "b13"}
     if "w3" in wanted:
         as_given -= {"w1", "w3", "b1", "b3"}
     if missing := sorted(wanted.keys() - given.keys()):
@@ -164,9 +166,7 @@ def check_weights(
         raise ValueError(f"load got {', '.join(extra)}; wanted are {', '.join(wanted)}")
     for name, (shape, dtype) in wanted.items():
         tensor = given[name]
-        rows_apart = name in MATRICES and dtype in DTYPE.values()
-        if device.type != "cpu" and name in as_given:
-            rows_apart = False  # experts that move are copied whole, not row by row
+        rows_apart = name not in as_given and name in MATRICES and dtype in DTYPE.values()
         _check_tensor(name, tensor, len(shape), (dtype,), device, rows_apart=rows_apart)
         if name in as_given:
             check_start(name, tensor, device.type)

@@ -239,8 +239,7 @@ class MoE:
 
         Between the same forwards on every rank, or the ranks' loads differ: a balancer does it.
         """
-        self._observed.begin_all()
-        return self.loads()
+        return self._observed.observe()
 
     def remember(self, *, window: int = 1000, decay: float = 1.0) -> None:
         """How many forwards ``loads`` sums, and how much less the older ones weigh; starts anew.

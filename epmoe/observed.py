@@ -26,11 +26,12 @@ class Observed:
         self._seen[lane] = self._seen[lane].observe(total_E - self._before[lane])
         self._before[lane] = total_E
 
-    def begin_all(self) -> None:
-        """The same for all lanes; a host's rounds have done it by themselves."""
+    def observe(self) -> Tensor:
+        """The window after the same for all lanes; a host's rounds have done it by themselves."""
         if self._queued:
             for lane in range(len(self._rounds)):
                 self.begin(lane)
+        return _summed(self._seen)
 
     def loads(self) -> Tensor:
         """The window, and with it what was counted since; changes nothing, so one rank may ask."""
@@ -38,10 +39,14 @@ class Observed:
         if self._queued:
             since = zip(seen, self._rounds, self._before, strict=True)
             seen = [one.observe(rounds.counted() - before) for one, rounds, before in since]
-        return torch.stack([one.loads_E for one in seen]).sum(0)
+        return _summed(seen)
 
     def remember(self, window: int, decay: float) -> None:
         """Another window, and nothing in it."""
         new = Loads(experts=self._seen[0].experts, window=window, decay=decay)
-        self.begin_all()
+        self.observe()
         self._seen = [new for _ in self._seen]
+
+
+def _summed(lanes: Sequence[Loads]) -> Tensor:
+    return torch.stack([one.loads_E for one in lanes]).sum(0)

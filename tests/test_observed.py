@@ -31,8 +31,8 @@ def test_a_rank_that_looks_more_often_sees_and_keeps_the_same(layer):
         lanes[step % 2].total_E += torch.tensor([step, 1])
         often.loads()
         if step % 2 == 0:
-            often.begin_all()
-            seldom.begin_all()
+            often.observe()
+            seldom.observe()
         assert torch.equal(often.loads(), seldom.loads())
     # Lane 0 had 2, 4, 6 and lane 1 1, 3, 5 rows of expert 0; two intervals, the older one half.
     assert often.loads().tolist() == [(6 + 4 / 2) + (5 + 3 / 2), 3.0]

@@ -19,9 +19,7 @@ def load(cells: memoryview, i: int) -> int:
         value: int = cells[i]
         return value
     address = ctypes.addressof(ctypes.c_uint64.from_buffer(cells, 8 * i))
-    return int(
-        _library(_RELAXED_MACHINE_LIBRARY).__atomic_load_8(ctypes.c_void_p(address), _ACQUIRE)
-    )
+    return int(_library().__atomic_load_8(ctypes.c_void_p(address), _ACQUIRE))
 
 
 def store(cells: memoryview, i: int, value: int) -> None:
@@ -30,9 +28,7 @@ def store(cells: memoryview, i: int, value: int) -> None:
         cells[i] = value
         return
     address = ctypes.addressof(ctypes.c_uint64.from_buffer(cells, 8 * i))
-    _library(_RELAXED_MACHINE_LIBRARY).__atomic_store_8(
-        ctypes.c_void_p(address), ctypes.c_uint64(value), _RELEASE
-    )
+    _library().__atomic_store_8(ctypes.c_void_p(address), ctypes.c_uint64(value), _RELEASE)
 
 
 def why_not() -> str:
@@ -40,14 +36,18 @@ def why_not() -> str:
     if _ORDERED:
         return ""
     try:
-        _library(_RELAXED_MACHINE_LIBRARY)
+        _library()
     except OSError as error:
         return f"{platform.machine()} needs {_RELAXED_MACHINE_LIBRARY} to order words: {error}"
     return ""
 
 
+def _library() -> ctypes.CDLL:
+    return _opened(_RELAXED_MACHINE_LIBRARY)
+
+
 @functools.cache
-def _library(name: str) -> ctypes.CDLL:
+def _opened(name: str) -> ctypes.CDLL:
     library = ctypes.CDLL(name)
     library.__atomic_load_8.restype = ctypes.c_uint64
     return library

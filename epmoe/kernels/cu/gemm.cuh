@@ -91,8 +91,8 @@ inline void release(u32 empty) {
     if (lane_index() < 2) bar_arrive_at(empty, lane_index());
 }
 
-// Called before the first wait of a tile that would block, else after its second step: the time to
-// see to what an earlier tile left behind.  A GEMM alone has nothing to do then.
+// Called before the first wait of a tile that would block, else in the course of its steps, if it has
+// enough of them: the time to see to what an earlier tile left behind.  A GEMM alone has nothing to do.
 struct Nothing {
     inline void operator()() const {}
 };
