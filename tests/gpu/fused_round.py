@@ -14,6 +14,9 @@ import statistics
 import struct
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -21,7 +24,8 @@ import torch
 from epmoe import MoEConfig
 from epmoe.comm.layout import layout
 from epmoe.kernels.cuda import CudaOps, laid_out
-from epmoe.kernels.fused import FusedOps
+from epmoe.kernels.cuda import compiled as split_kernels
+from epmoe.kernels.fused import FusedOps, compiled
 from epmoe.kernels.sizes import FEW, MANY, SOME, cut_of, parts
 
 HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
@@ -173,6 +177,39 @@ def times(name, hidden, inner, experts, choices, rows):
     return {"shape": name, "rows": rows, "us": found}
 
 
+def build(config, how):
+    """Fill the file cache with what a check needs."""
+    placed, known = layout([config], 1), {n: how[n] for n in ("counted", "pullers") if n in how}
+    compiled(config, 1, placed, 0, 0, cut=how["cut"], among=(how["cut"],), **known)
+    split_kernels(config, 1, placed, 0, 0)
+
+
+def checks(quick, tiny):
+    """What to check, one after the other: a layer, how many rounds, how."""
+    small = MoEConfig(experts=8, choices=2, hidden=512, inner=256, max_rows=700, heap="cuda")
+    if tiny:
+        few = MoEConfig(experts=4, choices=2, hidden=128, inner=64, max_rows=150, heap="cuda")
+        for cut in (FEW, MANY):
+            yield few, 2, {"cut": cut, "limit_s": 300.0}
+        return
+    wide = replace(small, experts=64, choices=6, hidden=2880, inner=704, max_rows=1500)
+    for cut in (FEW, SOME, MANY):
+        yield small, 8, {"cut": cut, "counted": False}
+        yield small, 8, {"cut": cut}
+        # All CTAs together, a rank's telling CTAs and its words have counted past 2**32 by then.
+        yield small, 8, {"cut": cut, "launches": 2**32 // 132 - 3}
+        yield small, 8, {"cut": cut, "launches": 2**31 - 3}
+        if quick:
+            continue
+        for hidden, inner in ((1024, 128), (128, 1024)):  # a product of one step, many tiles
+            slots = replace(small, experts=256, choices=8, max_rows=256)
+            yield replace(slots, hidden=hidden, inner=inner), 4, {"cut": cut}
+        for act in ("gelu", "gpt_oss"):
+            yield replace(small, activation=act, bias=True, weight_in="fc2"), 4, {"cut": cut}
+        yield wide, 4, {"cut": cut, "pullers": 16}
+        yield wide, 4, {"cut": cut, "pullers": 2, "counted": False}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--time", action="store_true")
@@ -180,44 +217,12 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
-    small = {
-        "experts": 8,
-        "choices": 2,
-        "hidden": 512,
-        "inner": 256,
-        "max_rows": 700,
-        "heap": "cuda",
-    }
-    wide = {
-        "experts": 64,
-        "choices": 6,
-        "hidden": 2880,
-        "inner": 704,
-        "max_rows": 1500,
-        "heap": "cuda",
-    }
-    slots = {"experts": 256, "choices": 8, "max_rows": 256, "heap": "cuda"}
-    if asked.tiny:
-        few = MoEConfig(experts=4, choices=2, hidden=128, inner=64, max_rows=150, heap="cuda")
-        sys.exit(not all(check(few, 2, cut=cut, limit_s=300.0) for cut in (FEW, MANY)))
+    todo = list(checks(asked.quick, asked.tiny))
+    with ProcessPoolExecutor(16, get_context("spawn")) as pool:
+        for job in [pool.submit(build, config, how) for config, _, how in todo]:
+            job.result()
     found: list[dict] = []
-    good = True
-    for cut in (FEW, SOME, MANY):
-        good = good and check(MoEConfig(**small), 8, cut=cut, counted=False)
-        good = good and check(MoEConfig(**small), 8, cut=cut)
-        # All CTAs together, a rank's telling CTAs and its words have counted past 2**32 by then.
-        good = good and check(MoEConfig(**small), 8, cut=cut, launches=2**32 // 132 - 3)
-        good = good and check(MoEConfig(**small), 8, cut=cut, launches=2**31 - 3)
-        if asked.quick:
-            continue
-        for hidden, inner in ((1024, 128), (128, 1024)):  # a product of one step, many tiles
-            config = MoEConfig(**slots | {"hidden": hidden, "inner": inner})
-            good = good and check(config, 4, cut=cut)
-        for act in ("gelu", "gpt_oss"):
-            config = MoEConfig(**small, activation=act, bias=True, weight_in="fc2")
-            good = good and check(config, 4, cut=cut)
-        good = good and check(MoEConfig(**wide), 4, cut=cut, pullers=16)
-        good = good and check(MoEConfig(**wide), 4, cut=cut, pullers=2, counted=False)
+    good = all(check(config, rounds, **how) for config, rounds, how in todo)
     if asked.time and good:
         for rows in (16, 128, 512, 2048):
             found.append(times("dsv3", 7168, 2048, 32, 8, rows))
