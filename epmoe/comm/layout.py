@@ -66,7 +66,8 @@ def _shapes(config: MoEConfig, ranks: int) -> dict[str, tuple[tuple[int, ...], i
 
     ``words`` C, Y, leave: row w, column src is written by rank src only.
     ``heads``, ``counts``, ``lists``: row src is pushed by rank src before its word C; counts are
-    those of all slots, so that every rank knows every slot's load.
+    those of all slots, so that every rank knows every slot's load.  ``pulled``, ``siblings``: the
+    same, of the fused round only (kernels/cu/exchange.cuh).
     ``rows``, ``weights``: staged by the owner before its C, pulled by peers before their Y.
     ``results``: cell token * choices + k is pushed by the owner of that choice before its Y.
     """
@@ -76,6 +77,8 @@ def _shapes(config: MoEConfig, ranks: int) -> dict[str, tuple[tuple[int, ...], i
         "heads": ((ranks, HEAD), 8),
         "counts": ((ranks, config.places), 4),
         "lists": ((ranks, cells), 4),
+        "pulled": ((ranks, config.slots_per_rank(ranks)), 4),
+        "siblings": ((ranks, cells), 4),
         "weights": ((config.max_rows, config.choices), 4),
         "rows": ((config.max_rows, record(config)[1]), 1),
         "results": ((cells, config.hidden), config.itemsize),

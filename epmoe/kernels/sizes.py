@@ -23,14 +23,17 @@ SHARED_POOLS = ("homes", "scale", "rows", "mid")
 class Cut:
     """The tiles of one kernel: ``columns`` weight rows by 128 rows of the pool, or by at most 64.
 
-    ``tall``: the weights are the side of the matrix instruction that is 64 rows tall.
+    ``columns2``: of FC2.  ``tall``: the weights are the side of the matrix instruction that is 64
+    rows tall.
     """
 
     columns: int
+    columns2: int
     tall: bool = False
 
 
-FEW, SOME, MANY = Cut(128, tall=True), Cut(128), Cut(256)  # as slots have few, some or many rows
+# As slots have few, some or many rows; MIXED where many, but so few slots that FC2 has few tiles.
+FEW, SOME, MIXED, MANY = Cut(128, 128, tall=True), Cut(128, 128), Cut(256, 128), Cut(256, 256)
 
 
 def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
@@ -83,7 +86,7 @@ def pullers_of(cut: Cut) -> int:
     8 / 16 / 24 / 32: on 2 GPUs qwen3-30b at 2,048 rows 451 / 350 / 355 / -, at 512 - / 134 / - /
     139, dsv3 at 2,048 2,346 / 2,331 / - / -; on one qwen3-30b at 128 (SOME) - / 81 / - / 78.
     """
-    return 16 if cut == MANY else 32
+    return 16 if cut in (MIXED, MANY) else 32
 
 
 def most_blocks(config: MoEConfig, ranks: int) -> int:

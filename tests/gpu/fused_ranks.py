@@ -69,7 +69,7 @@ def check(group, name, config, rounds, **how):
     torch.manual_seed(group.rank)
     rng, common, wrong = random.Random(group.rank), random.Random(7), []
     with MoE.open(config, group) as moe:
-        weights = weights_of(replace(config, experts=config.slots_per_rank(group.size)))
+        weights = weights_of(replace(config, experts=config.slots_per_rank(group.size), choices=1))
         moe.load(**weights)
         words = moe._runtime.lanes[0].words
         split = CudaOps(config, moe._runtime.placed, layer=0, lane=0, words=words)
@@ -130,7 +130,7 @@ def traced(group, name, rows, **how):
     experts = max(config.choices, config.experts * group.size // 8)
     config = replace(config, experts=experts)
     with MoE.open(config, group) as moe:
-        weights = weights_of(replace(config, experts=config.slots_per_rank(group.size)))
+        weights = weights_of(replace(config, experts=config.slots_per_rank(group.size), choices=1))
         words = moe._runtime.lanes[0].words
         ours = FusedOps(
             config, moe._runtime.placed, layer=0, lane=0, words=words, trace=True, **how
@@ -163,7 +163,7 @@ def main():
     if asked.tight:
         sizes.SPARE = 0
         sizes.even_blocks = lambda config, ranks: 0
-    all_cuts = (sizes.FEW, sizes.SOME, sizes.MANY)
+    all_cuts = (sizes.FEW, sizes.SOME, sizes.MIXED, sizes.MANY)
     ways = [{"cut": cut, "counted": counted} for cut in all_cuts for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:

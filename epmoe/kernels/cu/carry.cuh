@@ -16,22 +16,24 @@ inline int at_or_after(const int* before, int from, u32 n) {
     return low;
 }
 
-// Rows move in pieces of up to 7 KiB, one lane of a carrying warp to a piece.  Two batches of pieces
-// are under way: one comes in while the one before it is written and the jobs of the next are looked
-// up.  One thread with one row at a time cannot hide what it waits for: its list entry, its row, its
-// stores and the fence before it says so took 10 us a row.
+// LANES lanes of a carrying warp see to a row: it comes in in pieces of up to 7 KiB, one lane to a piece,
+// and is written for its choices on this rank, one lane to a choice.  Two batches of rows are under
+// way: one comes in while the one before it is written and the jobs of the next are looked up.  One
+// thread with one row at a time cannot hide what it waits for: its list entry, its row, its stores and
+// the fence before it says so took 10 us a row.
 constexpr u32 BATCH_BYTES = RECORD > 14336 ? RECORD : 14336;
 constexpr u32 CARRY_BYTES = 2 * BATCH_BYTES;  // of a warp
 constexpr u32 CARRIERS = 200704 / CARRY_BYTES;
 constexpr u32 PIECES = (RECORD + 7167) / 7168;
 constexpr u32 PIECE = (RECORD + PIECES * 16 - 1) / (PIECES * 16) * 16;
 constexpr u32 FIT = BATCH_BYTES / (PIECE * PIECES) ? BATCH_BYTES / (PIECE * PIECES) : 1;
-constexpr u32 AT_ONCE = FIT * PIECES > 32 ? 32 / PIECES : FIT;  // rows of a batch
-constexpr u32 CARRY_BARS = CARRIERS * CARRY_BYTES;              // one barrier a lane and batch
-constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 2 * 32 * 8;
+constexpr u32 LANES = CHOICES > PIECES ? CHOICES : PIECES;
+constexpr u32 AT_ONCE = FIT * LANES > 32 ? 32 / LANES : FIT;  // rows of a batch
+constexpr u32 CARRY_BARS = CARRIERS * CARRY_BYTES;            // one barrier a row and half
+constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 2 * AT_ONCE * 8;
 static_assert(AT_ONCE * PIECES * PIECE <= BATCH_BYTES + 16 * PIECES, "a batch does not fit");
 
-// What one warp pulls; every lane has its own row of a batch.
+// What one warp pulls: lane n has row n / LANES of a batch, and there piece and choice n % LANES.
 //
 // Turns: slot by slot, sources in turn, beginning right of me, so that every link is busy and a
 // slot's first block is complete first.  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1) for a
@@ -43,15 +45,15 @@ struct Carrier {
     const World& world;
     const Private& mine;
     const Tables& t;
-    const u32 epoch, round;
-    u32 step, turn;  // from one batch to the next; this lane's next turn, past all if it has none
+    const u32 epoch, round, all;
+    const bool together;  // rows are pulled once, not once a choice
+    u32 step, turn;       // from one batch to the next; this lane's next turn, past all if it has none
     int slot = 0, left_slot = 0;
     bool broken = false;
-    // Where the next row goes.
+    // Which row is next, and where it goes if it is pulled for one choice.
     bool aimed = false;
-    u32 row = NOWHERE, source_rank = 0, entry = 0;
-    // The job of this lane, if it has one.
-    bool has = false;
+    u32 entry = NOWHERE, source_rank = 0, row = NOWHERE;
+    // The job of this lane: a row to read, if there is one, and where to write it, if anywhere.
     u64 from = 0, to = 0;
     u32* done = nullptr;  // counts the row when it has landed
 
@@ -60,8 +62,9 @@ struct Carrier {
     // Warp `index` of `warps`.
     inline Carrier(const World& world, const Private& mine, const Tables& t, u32 epoch, u32 round,
                    u32 index, u32 warps)
-        : world(world), mine(mine), t(t), epoch(epoch), round(round) {
-        const u32 all = t.turn[LOCAL], at = lane_index() / PIECES;
+        : world(world), mine(mine), t(t), epoch(epoch), round(round),
+          all(t.turn[t.together()][LOCAL]), together(t.together()) {
+        const u32 at = lane_index() / LANES;
         const u32 width = min(AT_ONCE, max((all + warps - 1) / warps, 1u));
         step = warps * width;
         turn = at < width ? index * width + at : NOWHERE;
@@ -70,9 +73,9 @@ struct Carrier {
     // All lanes: find the next batch.  False if it cannot come now; with `wait` only when all is done
     // or broken.
     inline bool find(bool wait) {
-        has = false;
+        from = 0;
         u64 started = 0;
-        for (u32 look = 1; !broken && __any_sync(~0u, turn < (u32)t.turn[LOCAL]); ++look) {
+        for (u32 look = 1; !broken && __any_sync(~0u, turn < all); ++look) {
             aim();
             if (room()) {
                 take();
@@ -99,72 +102,98 @@ struct Carrier {
         return min((u32)BLOCK, t.row[slot + 1] - t.row[slot] - (block - t.block[slot]) * BLOCK);
     }
 
-    // Once a batch: where this lane's next row goes.
+    // The row of the pool for entry j of the list of this slot from source n.
+    inline u32 row_of(u32 slot, u32 n, u32 j) const {
+        u32 row = t.block[slot] * BLOCK;  // and as many more as come before it, if each had its turn
+#pragma unroll 1
+        for (u32 i = 0; i < RANKS; ++i) row += min((u32)t.count[source(i)][slot], j + (i < n));
+        return row;
+    }
+
+    // Once a batch: which row is next.
     inline void aim() {
         if (aimed) return;
         aimed = true;
-        row = NOWHERE;
-        if (turn >= (u32)t.turn[LOCAL]) return;
-        slot = at_or_after(t.turn, slot, turn);
-        const u32 n = turn - t.turn[slot], j = n / RANKS;
+        entry = row = NOWHERE;
+        if (turn >= all) return;
+        slot = at_or_after(t.turn[together], slot, turn);
+        const u32 n = turn - t.turn[together][slot], j = n / RANKS;
         source_rank = source(n);
-        if (j >= (u32)t.count[source_rank][slot]) return;
-        u32 place = 0;  // rows of this slot whose turn is before mine
-#pragma unroll 1
-        for (u32 i = 0; i < RANKS; ++i)
-            place += min((u32)t.count[source(i)][slot], j + (i < n % RANKS));
+        if (j >= (u32)(together ? t.pulled : t.count)[source_rank][slot]) return;
         entry = t.first[source_rank][slot] + j;
-        row = t.block[slot] * BLOCK + place;
+        if (!together) row = row_of(slot, n % RANKS, j);
     }
 
     // What was in the ring where the next batch goes is not needed any more.
     inline bool room() {
-        if (RING == BLOCKS) return true;
+        if (together) return true;
         bool good = true;
         if (row != NOWHERE && row / BLOCK >= RING) {
             const u32 before = row / BLOCK - RING;
             left_slot = at_or_after(t.block, left_slot, before);
             good = load_acquire(progress(mine, epoch, WHOLE) + before) >=
-                   tiles_of(HIDDEN, rows_in(left_slot, before));
+                   tiles_of(1, rows_in(left_slot, before));
         }
         return __all_sync(~0u, good);
     }
 
     inline void take() {
+        const u32 mate = lane_index() % LANES;
         bool bad = false;
-        if (row != NOWHERE) {
-            const u32 cell =
-                at<u32>(world, world.rank, LISTS_AT)[(u64)source_rank * CELLS + entry];
-            const u32 place = in_ring(row / BLOCK) * BLOCK + row % BLOCK;
-            if (cell >= CELLS) {
-                bad = true;
-                fail(world, CORRUPT, source_rank, WORD_C, round, cell, 0);
-            } else {
-                has = true;
+        to = 0;
+        done = nullptr;
+        if (entry != NOWHERE) {
+            const u64 told = (u64)source_rank * CELLS;
+            u32 cell = at<u32>(world, world.rank, LISTS_AT)[told + entry];
+            bad = cell >= CELLS;
+            if (!bad) {
                 from = world.slab[source_rank] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
-                to = reinterpret_cast<u64>(mine.rows) + (u64)place * RECORD;
-                done = progress(mine, epoch, ARRIVED) + row / BLOCK;
-                if (lane_index() % PIECES == 0) {
-                    mine.homes[place] = home_of(source_rank, cell);
-                    if (WEIGHT_IN_FC2)
-                        mine.scale[place] = at<float>(world, source_rank, WEIGHTS_AT)[cell];
+                if (together) {
+                    row = NOWHERE;
+                    cell += mate - cell % CHOICES;
+                    if (mate < CHOICES)
+                        bad = !find_place(at<u32>(world, world.rank, SIBLINGS_AT)[told + cell]);
+                } else if (mate) {
+                    row = NOWHERE;
                 }
             }
+            if (bad) fail(world, CORRUPT, source_rank, WORD_C, round, cell, 0);
+            else if (row != NOWHERE) send_to(row, cell);
         }
         if (turn != NOWHERE) turn += step;
         aimed = false;
         broken = __any_sync(~0u, bad);
     }
+
+    // Where a choice of the row is in the pool.  False if that cannot be.
+    inline bool find_place(u32 sibling) {
+        if (sibling == NOT_THEIRS) return true;
+        const u32 slot = sibling >> 19, j = sibling & ((1 << 19) - 1);
+        if (slot >= LOCAL || j >= (u32)t.count[source_rank][slot]) return false;
+        row = row_of(slot, (source_rank + RANKS - world.rank - 1) % RANKS, j);
+        return true;
+    }
+
+    inline void send_to(u32 row, u32 cell) {
+        const u32 place = in_ring(row / BLOCK) * BLOCK + row % BLOCK;
+        to = reinterpret_cast<u64>(mine.rows) + (u64)place * RECORD;
+        done = progress(mine, epoch, ARRIVED) + row / BLOCK;
+        mine.homes[place] = home_of(source_rank, cell);
+        if (WEIGHT_IN_FC2) mine.scale[place] = at<float>(world, source_rank, WEIGHTS_AT)[cell];
+    }
 };
 
 // One warp, `warp` of its CTA: all its rows.
 inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
-    const u32 lane = lane_index(), piece = lane % PIECES;
-    const u32 stage = base + warp * CARRY_BYTES + lane * PIECE;
-    const u32 bar = base + CARRY_BARS + (warp * 64 + lane) * 8;
-    const u32 start = piece * PIECE, bytes = RECORD - start < PIECE ? RECORD - start : PIECE;
-    bar_init(bar, 1);
-    bar_init(bar + 256, 1);
+    const u32 mate = lane_index() % LANES, nth = lane_index() / LANES;
+    const u32 stage = base + warp * CARRY_BYTES + nth * PIECES * PIECE;
+    const u32 bar = base + CARRY_BARS + (warp * AT_ONCE + nth) * 16;  // of this half and the other
+    const u32 start = mate * PIECE, bytes = RECORD - start < PIECE ? RECORD - start : PIECE;
+    const bool first = mate == 0 && nth < AT_ONCE;
+    if (first) {
+        bar_init(bar, 1);
+        bar_init(bar + 8, 1);
+    }
     bar_init_done();
     __syncwarp();
     u32 turn = 0, phases = 0;  // which half is next; bit h: parity of half h
@@ -175,9 +204,9 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
     const auto write = [&] {  // what came in goes out
         const u32 half = turn ^ 1;
         if (coming) {
-            bar_wait(bar + half * 256, phases >> half & 1);
+            bar_wait(bar + half * 8, phases >> half & 1);
             phases ^= 1 << half;
-            bulk_store(reinterpret_cast<void*>(to + start), stage + half * BATCH_BYTES, bytes);
+            if (to) bulk_store(reinterpret_cast<void*>(to), stage + half * BATCH_BYTES, RECORD);
         }
         bulk_commit();
         __syncwarp();
@@ -186,20 +215,20 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
     const auto count = [&](u32* counter) {  // its rows have landed
         fence_async_global();
         __syncwarp();
-        if (counter && piece == 0) add_release(counter, 1);
+        if (counter) add_release(counter, 1);
         laps.lap(LAND);
     };
     bool more = c.find(true);
     laps.lap(IDLE);
     while (more) {
-        const bool has = c.has;
-        bulk_wait_read<0>();  // this half's last batch has left it
-        if (has) {
-            fence_async_global();
-            bar_expect(bar + turn * 256, bytes);
-            bulk_load(stage + turn * BATCH_BYTES, reinterpret_cast<const void*>(c.from + start), bytes,
-                      bar + turn * 256);
-        }
+        const bool has = c.from;
+        bulk_wait_read<0>();  // what this lane wrote of this half's last batch has left it
+        if (has) fence_async_global();
+        if (has && first) bar_expect(bar + turn * 8, RECORD);
+        __syncwarp();
+        if (has && mate < PIECES)
+            bulk_load(stage + turn * BATCH_BYTES + start, reinterpret_cast<const void*>(c.from + start),
+                      bytes, bar + turn * 8);
         __syncwarp();
         laps.lap(LOAD);
         write();
@@ -208,7 +237,7 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
         written = coming ? done : nullptr;
         coming = has;
         to = c.to;
-        done = has ? c.done : nullptr;
+        done = c.done;
         turn ^= 1;
         more = c.find(false);
         laps.lap(FIND_ROWS);
@@ -223,8 +252,11 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
             laps.lap(IDLE);
         }
     }
-    bar_end(bar);
-    bar_end(bar + 256);
+    __syncwarp();  // all have seen their rows come
+    if (first) {
+        bar_end(bar);
+        bar_end(bar + 8);
+    }
     __threadfence_system();
     laps.end();
 }

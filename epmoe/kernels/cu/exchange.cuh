@@ -9,6 +9,10 @@
 #include "stream.cuh"
 #include "trace.cuh"
 
+#ifndef WIDE2
+#define WIDE2 WIDE
+#endif
+constexpr int TILE_N2 = WIDE2;  // columns of a tile of FC2
 constexpr int SLOTS = RANKS * LOCAL;
 constexpr u32 CELLS = MAX_ROWS * CHOICES;
 constexpr int HEAD = 8;             // comm/layout.py
@@ -17,7 +21,7 @@ constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
 // What a rank keeps of a round for itself.  Blocks are counted over all that comes in a round; block
 // b lies in the pools at b % RING, after FC2 of block b - RING has been done.  Counters of a block
 // have two sets, one for odd and one for even launches: a launch clears the set of the next one,
-// which nobody reads meanwhile.  PARTS_IN, STAGED and CAME only grow, by the same amount in every
+// which nobody reads meanwhile.  PARTS_IN, STAGED only grow, by the same amount in every
 // launch, `epoch` launches so far; whoever waits for them compares by difference, so they may wrap.
 struct Private {
     u64* loads;      // [SLOTS] rows of every slot of all ranks, summed over rounds
@@ -26,16 +30,15 @@ struct Private {
     u8* rows;        // [RING * BLOCK, RECORD]
     u16* mid;        // [RING * BLOCK, INNER]
     u32* blocks;     // [2][PROGRESS][BLOCKS]: see Progress
-    int* parts;      // [PARTS][SLOTS] choices that each part of my rows has for a slot
+    u32* parts;      // [PARTS][SLOTS] choices that each part of my rows has for a slot: pulled << 16 | others
     int* scratch;    // [grid][LIVE_WORDS], where the table does not fit into shared memory
     u32* epoch;      // see Counter
     u64* trace;      // trace.cuh, written with TRACE only
 };
-enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, FINISHED, BAD, NEXT, CAME };
+enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, FINISHED, BAD, NEXT };
 // PARTS_IN counts CTAs that have written their part of `parts`, STAGED those whose rows and list
 // entries can be read, MOVED those that have pulled and sent all that they will.  NEXT is the next
-// tile of a counted order, 0 between launches.  CAME counts words that one CTA has seen for all: C,
-// then Y, of every launch.
+// tile of a counted order, 0 between launches.
 
 // Read anew each time: kept for the whole kernel, these are three registers too many.
 __shared__ u32* volatile counters;
@@ -69,40 +72,48 @@ static_assert(CELLS < (1 << 29) - 1 && RANKS <= 8, "a home has 29 bits for its c
 inline int in_ring(u32 block) { return RING < BLOCKS ? block % RING : block; }
 
 constexpr int N1 = gated(ACT) ? 2 * INNER : INNER;  // weight rows of FC1
-constexpr int TILE_COLUMNS = TALL ? 64 : TILE_N;     // what one count of a tile stands for
-
-// How often a block of `rows` rows (more than BLOCK count as BLOCK) is counted when a GEMM of
-// `columns` columns has done all its tiles: once for every 64 rows that a warpgroup has live, by
-// each of its warps on the narrow path.
-constexpr u32 tiles_of(int columns, int rows) {
-    return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * (rows > 64 ? 2 : 1) * (TALL ? 4 : 1);
+// How often a block of `rows` rows (more than BLOCK count as BLOCK) is counted when a GEMM has done all
+// its tiles: once for every 64 rows that a warpgroup has live, by each of its warps on the narrow path.
+constexpr u32 tiles_of(int gemm, int rows) {
+    const int columns = gemm ? HIDDEN : N1, tile = TALL ? 64 : gemm ? TILE_N2 : TILE_N;
+    return (columns + tile - 1) / tile * (rows > 64 ? 2 : 1) * (TALL ? 4 : 1);
 }
 
-// Words are polled by one CTA of a rank, who counts on CAME what it has seen; the others wait there
-// and sleep between looks.  When all 132 polled words, the copies of those still at work became
-// fifty times slower (28 KiB took 22 us).
-inline bool await_came(const World& world, u32 target) {
-    const u64 started = global_nanoseconds();
-    const u64 limit = *reinterpret_cast<const u64*>(world.limit);
-    for (u32 turn = 0; (int)(load_acquire(counter(CAME)) - target) < 0; ++turn) {
-        __nanosleep(turn < 64 ? 50 : 500);
-        if (turn % 64 != 63) continue;
-        if (faulted(world)) return false;
-        // Twice: who polls the words gives up first and says why, unless it does not come to run.
-        const u64 waited = global_nanoseconds() - started;
-        if (waited > 2 * limit)
-            return fail(world, STOPPED, world.rank, 3, round_now(world), *counter(CAME), waited);
+// One warp of every CTA: every rank's word `kind` of this round.  The first CTA asks who is gone and
+// says what is wrong; the others only look, without acquiring, and sleep between looks.  (When all 132
+// asked like the first, the copies of those still at work became fifty times slower: 28 KiB took 22 us.)
+inline bool await_words(const World& world, Kind kind, u32 round) {
+    bool came = true;
+    if (lane_index() < RANKS) {
+        u32 value;
+        came = blockIdx.x ? look_for(world, kind, lane_index(), round)
+                          : await(world, kind, lane_index(), round, value);
     }
-    return true;
+    came = __all_sync(~0u, came);
+    __syncwarp();  // a vote orders no memory
+    return came;
 }
+
+// A row that has several choices of one rank crosses the link once: it is pulled for the choice of the
+// lowest slot and written for its siblings too.  In the list of a slot the choices that rows are pulled
+// for come first.  Of each row in a list the asking rank says where its choices are, in one word each:
+// which slot, and which entry of this slot's list.
+constexpr u32 NOT_THEIRS = ~0u;  // of another rank, or none
+inline u32 sibling_of(u32 slot, u32 entry) { return slot << 19 | entry; }
+static_assert(CELLS <= 1 << 19 && LOCAL < 1 << 13, "a sibling has 19 bits for its entry, 13 for its slot");
 
 // What a CTA that pulls knows of the round, in shared memory.
 struct Tables {
     int count[RANKS][LOCAL];
-    int first[RANKS][LOCAL];   // list entries of a source before each slot
-    int block[LOCAL + 1];      // blocks of the pool before each slot
-    int row[LOCAL + 1];        // rows before each slot
-    int turn[LOCAL + 1];       // pull turns before each slot: RANKS times its longest source
+    int pulled[RANKS][LOCAL];   // of these, with siblings: those that rows are pulled for
+    int first[RANKS][LOCAL];    // list entries of a source before each slot
+    int block[LOCAL + 1];       // blocks of the pool before each slot
+    int row[LOCAL + 1];         // rows before each slot
+    int turn[2][LOCAL + 1];     // pull turns before each slot, RANKS times its longest source: when
+                                // every choice is pulled for itself; with siblings
+
+    // Rows that come with a sibling may lie anywhere in the pool, so all of it must have memory.
+    inline bool together() const { return RING == BLOCKS || block[LOCAL] <= RING; }
 };
 
 // All threads of the CTA.  False if a count cannot be or does not match the word it came with.
@@ -111,12 +122,16 @@ inline bool make_tables(const World& world, Tables& t, u32 round) {
     for (int i = threadIdx.x; i < SLOTS; i += blockDim.x) {
         const int r = i / LOCAL, l = i % LOCAL;
         const int n = at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + world.rank * LOCAL + l];
+        const int pulled = at<int>(world, world.rank, PULLED_AT)[i];
         t.count[r][l] = n;
-        if (n < 0 || n > (int)CELLS) good = fail(world, CORRUPT, r, WORD_C, round, (u64)n, 0);
+        t.pulled[r][l] = pulled;
+        if (n < 0 || n > (int)CELLS || pulled < 0 || pulled > n)
+            good = fail(world, CORRUPT, r, WORD_C, round, (u64)pulled << 32 | (u32)n, 0);
     }
     if (!__syncthreads_and(good)) return false;
     const u32 warp = threadIdx.x / 32;
-    for (u32 job = warp; job < RANKS + 3; job += blockDim.x / 32) {
+    for (u32 job = warp; job < RANKS + 4; job += blockDim.x / 32) {
+        int* const sums = job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn[job == RANKS + 3];
         int base = 0;
 #pragma unroll 1
         for (int from = 0; from < LOCAL; from += 32) {
@@ -124,7 +139,10 @@ inline bool make_tables(const World& world, Tables& t, u32 round) {
             int value = 0;
             if (l < LOCAL) {
                 int sum = 0, most = 0;
-                for (int r = 0; r < RANKS; ++r) sum += t.count[r][l], most = max(most, t.count[r][l]);
+                for (int r = 0; r < RANKS; ++r) {
+                    const int n = job == RANKS + 3 ? t.pulled[r][l] : t.count[r][l];
+                    sum += n, most = max(most, n);
+                }
                 value = job < RANKS       ? t.count[job][l]
                         : job == RANKS     ? (sum + BLOCK - 1) / BLOCK
                         : job == RANKS + 1 ? sum
@@ -133,7 +151,7 @@ inline bool make_tables(const World& world, Tables& t, u32 round) {
             const int sum = scanned(value);
             if (l < LOCAL) {
                 if (job < RANKS) t.first[job][l] = base + sum - value;
-                else (job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn)[l + 1] = base + sum;
+                else sums[l + 1] = base + sum;
             }
             base += __shfl_sync(~0u, sum, 31);
         }
@@ -143,7 +161,7 @@ inline bool make_tables(const World& world, Tables& t, u32 round) {
                 if (base != (int)(asked & 0x7fffffff))
                     good = fail(world, CORRUPT, job, WORD_C, round, asked, 0);
             } else {
-                (job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn)[0] = 0;
+                sums[0] = 0;
             }
         }
     }

@@ -2,7 +2,8 @@
 //
 // A tile is 128 rows x 256 columns; each warpgroup has 64 of the rows and keeps 64 x 256 sums in
 // registers.  A stage holds 64 of the K: 16 KiB of rows and 32 KiB of weights.  (With -D WIDE=128 it
-// is half as wide: for so few tiles that half of the SMs would have none.)  The two CTAs of a
+// is half as wide: for so few tiles that half of the SMs would have none.  Where a function has
+// `columns`, they may be half of TILE_N: the second GEMM of a round, if it alone has few.)  The two CTAs of a
 // cluster share either the weights or the rows of their tiles: each loads half of what is shared
 // and multicasts it, so that a CTA takes 32 or 40 KiB a stage from L2 instead of 48 (without this
 // the loop asks L2 for 48 B a cycle and SM, which it cannot give).
@@ -59,29 +60,33 @@ inline void ring_init(u32 base) {
     bar_init_done();
 }
 
-// Feeds one tile of `steps` stages.  One thread.  `passes(left)` is told before each stage how many
-// are left, this one included.
-template <typename Passes>
+// Feeds one tile of `steps` stages, of whose rows `live` are any: the half of a warpgroup that has none
+// stays where it is.  One thread.  `passes(left)` is told before each stage how many are left, this one
+// included.
+template <int columns, typename Passes>
 inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
-                 u32 rank, int steps, Passes passes) {
-    const int row = tile.block * BLOCK, column = tile.column * TILE_N;
+                 int live, u32 rank, int steps, Passes passes) {
+    const int row = tile.block * BLOCK, column = tile.column * columns;
+    const u32 halves = live > BLOCK / 2 ? 2 : 1;
     for (int k = 0; k < steps; ++k, ring.next()) {
         passes(steps - k);
         bar_wait(ring.empty(), ring.phase() ^ 1);
-        bar_expect(ring.full(), STAGE_BYTES);
         const int x = k * TILE_K;
-        constexpr u32 half_rows = ROW_BYTES / 2, half_weights = WEIGHT_BYTES / 2;
+        constexpr u32 half_rows = ROW_BYTES / 2, half_weights = columns / 2 * TILE_K * 2;
+        bar_expect(ring.full(), halves * half_rows + 2 * half_weights);
         if (tile.same_rows) {
-            tma_load_both(ring.rows() + rank * half_rows, rows, ring.full(), x,
-                          row + rank * (BLOCK / 2), 0);
+            if (rank < halves)
+                tma_load_both(ring.rows() + rank * half_rows, rows, ring.full(), x,
+                              row + rank * (BLOCK / 2), 0);
             tma_load(ring.weights(), weights, ring.full(), x, column, tile.slot);
-            tma_load(ring.weights() + half_weights, weights, ring.full(), x, column + TILE_N / 2,
+            tma_load(ring.weights() + half_weights, weights, ring.full(), x, column + columns / 2,
                      tile.slot);
         } else {
             tma_load(ring.rows(), rows, ring.full(), x, row, 0);
-            tma_load(ring.rows() + half_rows, rows, ring.full(), x, row + BLOCK / 2, 0);
+            if (halves == 2)
+                tma_load(ring.rows() + half_rows, rows, ring.full(), x, row + BLOCK / 2, 0);
             tma_load_both(ring.weights() + rank * half_weights, weights, ring.full(), x,
-                          column + rank * (TILE_N / 2), tile.slot);
+                          column + rank * (columns / 2), tile.slot);
         }
     }
 }
@@ -98,8 +103,9 @@ struct Nothing {
 };
 
 // Multiplies one tile into `sums`; warpgroup `group` has rows 64 * group .. + 63.
-template <typename Between>
+template <int columns, typename Between>
 inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps, Between between) {
+    float(&used)[columns / 2] = reinterpret_cast<float(&)[columns / 2]>(sums);
     u32 before = 0;
     const bool late = !bar_test(ring.full(), ring.phase());
     if (late) between();
@@ -111,7 +117,7 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps
         wgmma_begin();
 #pragma unroll
         for (u32 i = 0; i < TILE_K / 16; ++i)
-            Wgmma<TILE_N>::run(sums, a + 2 * i, b + 2 * i, (k | i) != 0);
+            Wgmma<columns>::run(used, a + 2 * i, b + 2 * i, (k | i) != 0);
         wgmma_commit();
         wgmma_wait<1>();  // the stage before this one has been read
         if (k) release(before);
@@ -120,7 +126,7 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps
     wgmma_wait<0>();
     release(before);
 #pragma unroll
-    for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+    for (int i = 0; i < columns / 2; ++i) asm volatile("" : "+f"(used[i])::"memory");
 }
 
 // A warpgroup without live rows in this tile only keeps the ring turning.

@@ -35,7 +35,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const Tile tile = wide_tile<SLOTS, COLUMNS>(before, t, rank);
-            if (!tile.none && lane_index() == 0) feed(ring, rows, weights, tile, rank, K_STEPS, [](int) {});
+            const int live = counts[tile.slot] - (tile.block - before[tile.slot]) * BLOCK;
+            if (!tile.none && lane_index() == 0)
+                feed<TILE_N>(ring, rows, weights, tile, live, rank, K_STEPS, [](int) {});
             __syncwarp();
         }
         if (feeds && rank == 0 && lane_index() == 0) order.finish();
@@ -54,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 continue;
             }
             float sums[TILE_N / 2];
-            multiply(ring, sums, group, K_STEPS, Nothing());
+            multiply<TILE_N>(ring, sums, group, K_STEPS, Nothing());
             write_out<ACT, BIAS, SCALE>(sums, out, results, staging, tile.slot, row, live, tile.column,
                                         group);
         }

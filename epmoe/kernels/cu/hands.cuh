@@ -86,7 +86,7 @@ inline void hands_init(u32 base) {
 
 // The feeding warp waits for what a tile reads; after a fault it goes on, and what it reads is void.
 inline void await_inputs(const World& world, const Private& mine, u32 epoch, const Hand& hand) {
-    const u32 target = hand.gemm ? tiles_of(N1, hand.due) : hand.due;
+    const u32 target = hand.gemm ? tiles_of(0, hand.due) : hand.due;
     await_count(world, progress(mine, epoch, hand.gemm ? HALF : ARRIVED) + hand.block, target);
     fence_async_global();  // what follows reads with the copy engine
 }

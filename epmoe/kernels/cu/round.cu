@@ -57,15 +57,6 @@ inline void end_moves(const World& world, u32 round) {
     if (last_to_count(MOVED) && !faulted(world)) publish_all(world, WORD_Y, round);
 }
 
-// The first warp of the first CTA, for all of this rank: every rank's word `kind` of this round.
-inline void poll_words(const World& world, Kind kind, u32 round) {
-    u32 value;
-    const bool came = lane_index() >= RANKS || await(world, kind, lane_index(), round, value);
-    const bool all = __all_sync(~0u, came);
-    __syncwarp();  // a vote orders no memory: what the lanes acquired is what lane 0 releases
-    if (all && lane_index() == 0) add_release(counter(CAME), 1);
-}
-
 // All threads of a CTA that pulls.
 inline void pull_rows(const World& world, const Private& mine, u32 base, u8* shared, u32 epoch,
                       u32 round, Laps& laps) {
@@ -105,8 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     tell(world, mine, call.x, call.choices, call.weights, call.rows, call.head,
          *reinterpret_cast<Telling*>(shared), mine.epoch[EPOCH], round_now(world));
     laps.lap(TELL);
-    if (blockIdx.x == 0 && warp == 0) poll_words(world, WORD_C, round_now(world));
-    const bool good = __syncthreads_and(threadIdx.x || await_came(world, 2 * this_epoch + 1));
+    const bool good = __syncthreads_and(warp || await_words(world, WORD_C, round_now(world)));
     laps.lap(WAIT_C);
     if (good && blockIdx.x < PULLERS)
         pull_rows(world, mine, base, shared, this_epoch, round_now(world), laps);
@@ -132,8 +122,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         both_sync();
         if (threadIdx.x == 0) end_moves(world, round_now(world));
         laps.lap(WORK);
-        if (blockIdx.x == 0 && threadIdx.x < 32) poll_words(world, WORD_Y, round_now(world));
-        if (threadIdx.x == 0) came = await_came(world, 2 * this_epoch + 2) && !faulted(world);
+        if (warp == 0) {
+            const bool all = await_words(world, WORD_Y, round_now(world)) && !faulted(world);
+            if (lane_index() == 0) came = all;
+        }
         both_sync();
         const bool whole = came;
         laps.lap(WAIT_Y);

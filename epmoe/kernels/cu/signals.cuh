@@ -38,6 +38,12 @@ inline u64 load_acquire_system(const u64* p) {
     return v;
 }
 
+inline u64 load_relaxed_system(const u64* p) {
+    u64 v;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+
 inline void store_release_system(u64* p, u64 v) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
@@ -132,6 +138,23 @@ inline bool await(const World& world, u32 kind, u32 src, u32 round, u32& value) 
         if (now - started > *reinterpret_cast<const u64*>(world.limit))
             return fail(world, STOPPED, src, kind, round, w, now - started);
     }
+}
+
+// One thread: the same, for those who leave it to another to ask who is gone and what a word says.
+inline bool look_for(const World& world, u32 kind, u32 src, u32 round) {
+    const u64* cell = cell_of(world, world.rank, kind, src);
+    const u64 started = global_nanoseconds();
+    for (u32 turn = 0; (u32)(load_relaxed_system(cell) >> 32) != round; ++turn) {
+        __nanosleep(turn < 64 ? 50 : 500);
+        if (turn % 64 != 63) continue;
+        if (faulted(world)) return false;
+        // Twice: the other gives up first and says why, unless it does not come to run.
+        const u64 waited = global_nanoseconds() - started;
+        if (waited > 2 * *reinterpret_cast<const u64*>(world.limit))
+            return fail(world, STOPPED, src, kind, round, *cell, waited);
+    }
+    load_acquire_system(cell);
+    return true;
 }
 
 // All threads of a block: every rank's word of this round; values in `values` (shared memory).

@@ -1,16 +1,19 @@
 // How a round begins: rows into my slab, and into every peer's mailbox what I ask of its slots.
 //
-// A list for a peer has my choices of its slots, slot by slot.  PARTS CTAs make it together, each of
-// a part of my rows: they count, and write their entries where the parts before them end.  (One CTA
-// for a whole peer took 42 us for 2,048 rows.)  A warpgroup of each does that while the others of all
-// CTAs stage rows: each is a chain of loads that take a microsecond.
+// A list for a peer has my choices of its slots, slot by slot, those that rows are pulled for first
+// (exchange.cuh).  PARTS CTAs make it together, each of a part of my rows: they count, and write their
+// entries where the parts before them end.  (One CTA for a whole peer took 42 us for 2,048 rows.)  A
+// warpgroup of each does that while the others of all CTAs stage rows: each is a chain of loads that
+// take a microsecond.
 #pragma once
 #include "exchange.cuh"
 
 constexpr u32 TELLERS = RANKS * PARTS;  // CTAs
-constexpr u32 PART = (CELLS + PARTS - 1) / PARTS;
-constexpr u32 NOT_THEIRS = ~0u;
-static_assert(PART <= 65536 && LOCAL < 65536, "an entry has 16 bits for its place");
+constexpr u32 FEW_CELLS = 1024;  // one part's, then nobody waits for others: 8 loads of each thread
+constexpr u32 FULL_PART = (MAX_ROWS + PARTS - 1) / PARTS * CHOICES;
+constexpr u32 ONE_PART = CELLS < FEW_CELLS ? CELLS : FEW_CELLS;
+constexpr u32 PART = FULL_PART > ONE_PART ? FULL_PART : ONE_PART;  // cells, at most
+static_assert(PART < 1 << 16 && LOCAL < (1 << 15) - 1, "an entry has 16 bits for its place, 15 for its slot");
 
 struct Head {
     long long field[HEAD];
@@ -43,9 +46,11 @@ struct Choices {
 
 // What a CTA that tells has in shared memory, while the ring is not in use.
 struct Telling {
-    int count[LOCAL];      // choices of each slot
-    int begin[LOCAL + 1];  // where this part's entries begin in the list; last: its end
-    u32 entry[PART];       // of each cell: slot << 16 | which choice of that slot in this part
+    u32 asked[SLOTS];      // choices of each slot of all ranks, if there is one part
+    u32 count[2][LOCAL];   // choices of each slot: others, and those that rows are pulled for
+    u32 begin[2][LOCAL];   // where this part's entries of either kind begin in a slot's list
+    u32 first[LOCAL + 1];  // where a slot's list begins; last: the end of all
+    u32 entry[PART];       // of each cell: slot << 17 | pulled << 16 | which of that slot in this part
 };
 static_assert(sizeof(Telling) <= 196608, "max_rows is too large to be told");
 
@@ -79,23 +84,26 @@ struct Teller {
     const Private& mine;
     const Choices& choices;
     Telling& t;
+    const bool one;  // part, of all rows
     const u32 peer, part, from, to;  // cells from .. to - 1
 
     inline Teller(const World& world, const Private& mine, const Choices& choices, u32 rows,
                   Telling& t)
-        : world(world), mine(mine), choices(choices), t(t),
+        : world(world), mine(mine), choices(choices), t(t), one(rows * CHOICES <= FEW_CELLS),
           peer((world.rank + 1 + blockIdx.x) % RANKS), part(blockIdx.x / RANKS),
-          from(share(rows, blockIdx.x / RANKS)), to(share(rows, blockIdx.x / RANKS + 1)) {}
+          from(share(rows, part)), to(share(rows, part + 1)) {}
 
-    static inline u32 share(u32 rows, u32 part) {
-        const u32 all = rows * CHOICES;
-        return min(all, part * ((all + PARTS - 1) / PARTS));
+    inline u32 share(u32 rows, u32 part) const {
+        return min(rows, part * (one ? rows : (rows + PARTS - 1) / PARTS)) * CHOICES;
     }
 
     // How many choices this part has of each slot of the peer, for all to see.
     inline void count() const {
-        for (int l = threadIdx.x; l < LOCAL; l += 128) t.count[l] = 0;
-        group_sync(1);
+        for (int l = threadIdx.x; l < 2 * LOCAL; l += 128) t.count[0][l] = 0;
+        if (one) {
+            for (int s = threadIdx.x; s < SLOTS; s += 128) t.asked[s] = 0;
+            group_sync(1);
+        }
         constexpr u32 LOADS = 8;  // each takes a microsecond
         for (u32 c = from + threadIdx.x; c < to; c += LOADS * 128) {
             int s[LOADS];
@@ -108,64 +116,98 @@ struct Teller {
             for (u32 u = 0; u < LOADS; ++u) {
                 const u32 cell = c + u * 128, slot = s[u];
                 if (cell >= to) break;
-                u32 entry = NOT_THEIRS;
-                if (slot < SLOTS && slot / LOCAL == peer)
-                    entry = slot % LOCAL << 16 | (u32)atomicAdd(&t.count[slot % LOCAL], 1);
-                else if (slot >= SLOTS && s[u] != -1 && peer == world.rank)
-                    atomicAdd(counter(BAD), 1);
-                t.entry[cell - from] = entry;
+                const bool theirs = slot < SLOTS && slot / LOCAL == peer;
+                t.entry[cell - from] = theirs ? slot % LOCAL << 17 : NOT_THEIRS;
+                if (one && slot < SLOTS) atomicAdd(&t.asked[slot], 1u);
+                if (slot >= SLOTS && s[u] != -1 && peer == world.rank) atomicAdd(counter(BAD), 1);
             }
         }
         group_sync(1);
-        for (int l = threadIdx.x; l < LOCAL; l += 128)
-            mine.parts[part * SLOTS + peer * LOCAL + l] = t.count[l];
+        for (u32 c = threadIdx.x * CHOICES; c < to - from; c += 128 * CHOICES) {
+            u32* const row = t.entry + c;
+            u32 lowest = NOT_THEIRS;  // slot, then choice
+#pragma unroll
+            for (u32 k = 0; k < CHOICES; ++k)
+                if (row[k] != NOT_THEIRS) lowest = min(lowest, row[k] + k);
+#pragma unroll
+            for (u32 k = 0; k < CHOICES; ++k) {
+                if (row[k] == NOT_THEIRS) continue;
+                const u32 pulled = row[k] + k == lowest;
+                row[k] += pulled << 16 | atomicAdd(&t.count[pulled][row[k] >> 17], 1u);
+            }
+        }
+        group_sync(1);
+        for (int l = threadIdx.x; !one && l < LOCAL; l += 128)
+            mine.parts[part * SLOTS + peer * LOCAL + l] = t.count[1][l] << 16 | t.count[0][l];
     }
 
     // When all have counted: my entries into the peer's list; from the first part also the counts of
-    // all slots and the head.  `t.begin[LOCAL]` is then how many rows I ask of the peer.
+    // all slots and the head.  `t.first[LOCAL]` is then how many results I ask of the peer.
     inline void list(const Head& head) const {
+        int* pulled = at<int>(world, peer, PULLED_AT) + world.rank * LOCAL;
         for (int l = threadIdx.x; l < LOCAL; l += 128) {
-            int before = 0;
-            t.count[l] = sum_of_parts(peer * LOCAL + l, before);
-            t.begin[l] = before;
+            const Sum sum = one ? Sum{t.count[1][l], t.count[0][l]} : sum_of_parts(peer * LOCAL + l);
+            t.count[0][l] = sum.pulled + sum.others;
+            t.begin[1][l] = sum.pulled_before;
+            t.begin[0][l] = sum.pulled + sum.others_before;
+            if (part == 0) pulled[l] = sum.pulled;
         }
         group_sync(1);
         if (threadIdx.x < 32) {
             int base = 0;
 #pragma unroll 1
             for (int first = 0; first < LOCAL; first += 32) {
-                const int l = first + lane_index(), n = l < LOCAL ? t.count[l] : 0, sum = scanned(n);
-                if (l < LOCAL) t.begin[l] += base + sum - n;
+                const int l = first + lane_index(), n = l < LOCAL ? t.count[0][l] : 0, sum = scanned(n);
+                if (l < LOCAL) t.first[l] = base + sum - n;
                 base += __shfl_sync(~0u, sum, 31);
             }
-            if (threadIdx.x == 0) t.begin[LOCAL] = base;
+            if (threadIdx.x == 0) t.first[LOCAL] = base;
         }
         group_sync(1);
         u32* list = at<u32>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
-        for (u32 c = from + threadIdx.x; c < to; c += 128) {
-            const u32 entry = t.entry[c - from];
-            if (entry == NOT_THEIRS) continue;
-            const u32 place = t.begin[entry >> 16] + (entry & 0xffff);
-            if (place < CELLS) list[place] = c;  // more only if a part was not counted: after a fault
+        u32* siblings = at<u32>(world, peer, SIBLINGS_AT) + (u64)world.rank * CELLS;
+        for (u32 c = from + threadIdx.x * CHOICES; c < to; c += 128 * CHOICES) {
+            u32 sibling[CHOICES];
+            bool theirs = false;
+#pragma unroll
+            for (u32 k = 0; k < CHOICES; ++k) {
+                const u32 entry = t.entry[c - from + k], slot = entry >> 17;
+                sibling[k] = NOT_THEIRS;
+                if (entry == NOT_THEIRS) continue;
+                const u32 nth = t.begin[entry >> 16 & 1][slot] + (entry & 0xffff);
+                const u32 place = t.first[slot] + nth;
+                if (place < CELLS) list[place] = c + k;  // more only after a fault: a part not counted
+                sibling[k] = sibling_of(slot, nth);
+                theirs = true;
+            }
+            if (!theirs) continue;
+#pragma unroll
+            for (u32 k = 0; k < CHOICES; ++k) siblings[c + k] = sibling[k];
         }
         if (part) return;
         int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
         long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
-        int before = 0;
-        for (int s = threadIdx.x; s < SLOTS; s += 128) counts[s] = sum_of_parts(s, before);
+        for (int s = threadIdx.x; s < SLOTS; s += 128) {
+            const Sum sum = one ? Sum{t.asked[s]} : sum_of_parts(s);
+            counts[s] = sum.pulled + sum.others;
+        }
         if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
     }
 
     // All parts' choices of a slot, and those of the parts before this one.
-    inline int sum_of_parts(u32 slot, int& before) const {
-        int all = 0;
+    struct Sum {
+        u32 pulled, others = 0, pulled_before = 0, others_before = 0;
+    };
+    inline Sum sum_of_parts(u32 slot) const {
+        Sum sum{0};
 #pragma unroll
         for (u32 p = 0; p < PARTS; ++p) {
-            const int n = mine.parts[p * SLOTS + slot];
-            all += n;
-            if (p < part) before += n;
+            const u32 n = mine.parts[p * SLOTS + slot];
+            sum.pulled += n >> 16;
+            sum.others += n & 0xffff;
+            if (p < part) sum.pulled_before += n >> 16, sum.others_before += n & 0xffff;
         }
-        return all;
+        return sum;
     }
 };
 
@@ -183,11 +225,15 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
         if (sound) teller.count();
         group_sync(1);
         if (threadIdx.x == 0) {
-            add_release(counter(PARTS_IN), 1);
-            await_count(world, counter(PARTS_IN), (epoch + 1) * TELLERS);
+            if (teller.one) {
+                atomicAdd(counter(PARTS_IN), 1);
+            } else {
+                add_release(counter(PARTS_IN), 1);
+                await_count(world, counter(PARTS_IN), (epoch + 1) * TELLERS);
+            }
         }
         group_sync(1);
-        if (sound) teller.list(head);
+        if (sound && (!teller.one || teller.part == 0)) teller.list(head);
     }
     if (threadIdx.x == 0) this_epoch = epoch;
     fence_async();  // the copy engine fills this shared memory next
@@ -196,5 +242,5 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
     if (threadIdx.x) return;
     add_release(counter(STAGED), 1);
     if (sound && blockIdx.x < RANKS && await_count(world, counter(STAGED), (epoch + 1) * gridDim.x))
-        publish(world, WORD_C, teller.peer, round, t.begin[LOCAL]);
+        publish(world, WORD_C, teller.peer, round, t.first[LOCAL]);
 }
