@@ -63,13 +63,25 @@ def cut_of(config: MoEConfig, ranks: int, capacity: int) -> Cut:
     MANY in microseconds: dsv3 at 32 rows a slot 718 / 738 / -, at 64: - / 757 / 759; qwen3-30b at
     8: 75 / 80 / -, at 64: 93 / 88 / 95, at 128: - / 92 / 99, at 256: - / 147 / 134; qwen3-235b at
     64: 225 / 204 / 210, at 96: - / 202 / 206, at 128: - / 243 / 225; mixtral (two slots) at 128:
-    - / 256 / 297.
+    - / 256 / 297.  MIXED in place of SOME where a rank has one slot and FC2 few columns; mixtral,
+    FEW / SOME / MIXED / MANY: at 40 rows a slot 180 / 166 / 173 / -, at 64: 217 / 186 / 187 / -,
+    at 128: - / 225 / 212 / -, at 256: - / 278 / 258 / 302, at 384: - / 319 / 310 / 352.
     """
     rows, places = capacity * config.choices * ranks, config.places
     if rows <= 32 * places:
         return FEW
-    tiles = places // ranks * -(-rows // (BLOCK * places)) * -(-config.hidden // MANY.columns)
-    return SOME if rows <= 96 * places or tiles <= 128 and rows <= 256 * places else MANY
+    few, many = (
+        places // ranks * -(-n // MANY.columns) for n in (config.hidden, up_columns(config))
+    )
+    tiles = few * -(-rows // (BLOCK * places))
+    if rows > 96 * places and (tiles > 128 or rows > 384 * places):
+        return MANY
+    return MIXED if few <= 16 and many >= 4 * few else SOME
+
+
+def up_columns(config: MoEConfig) -> int:
+    """Columns of FC1's result: gate and up side by side."""
+    return config.inner * (2 if config.gated else 1)
 
 
 def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
@@ -82,11 +94,13 @@ def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
 def pullers_of(cut: Cut) -> int:
     """CTAs that pull rows before they multiply, whole clusters of 2.
 
-    Where rows are few, nobody can multiply before they are there.  Load of 8, in microseconds with
-    8 / 16 / 24 / 32: on 2 GPUs qwen3-30b at 2,048 rows 451 / 350 / 355 / -, at 512 - / 134 / - /
-    139, dsv3 at 2,048 2,346 / 2,331 / - / -; on one qwen3-30b at 128 (SOME) - / 81 / - / 78.
+    Where rows are few, nobody can multiply before they are there.  Load of 8 on 4 GPUs, in
+    microseconds with 8 / 16 / 24 / 32: MANY: qwen3-30b at 2,048 rows 440 / 380 / 377 / 377, at 512
+    - / 142 / 146 / 147, dsv3 at 512 909 / 889 / 893 / 895; SOME: qwen3-235b at 128 212 / 206 / 206
+    / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 / - / 79.8, gpt-oss at
+    128 - / 241 / - / 245.
     """
-    return 16 if cut in (MIXED, MANY) else 32
+    return 16 if cut in (MIXED, MANY) else 24
 
 
 def most_blocks(config: MoEConfig, ranks: int) -> int:
@@ -110,10 +124,9 @@ def ring_blocks(
     Enough that nothing can wait for ever: FC1 runs ``lag`` and up to a group of either GEMM ahead
     of FC2, and every row of a batch may lie in a block of its own; and enough for even routing.
     """
-    columns = config.inner * (2 if config.gated else 1)
 
     def ahead(cut: Cut) -> int:
-        tiles_of_block = -(-columns // (cut.columns * (1 if cut.tall else 2)))
+        tiles_of_block = -(-up_columns(config) // (cut.columns * (1 if cut.tall else 2)))
         return -(-lag(grid, pullers or pullers_of(cut), cut) // tiles_of_block)
 
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most

@@ -21,8 +21,8 @@ constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
 // What a rank keeps of a round for itself.  Blocks are counted over all that comes in a round; block
 // b lies in the pools at b % RING, after FC2 of block b - RING has been done.  Counters of a block
 // have two sets, one for odd and one for even launches: a launch clears the set of the next one,
-// which nobody reads meanwhile.  PARTS_IN, STAGED only grow, by the same amount in every
-// launch, `epoch` launches so far; whoever waits for them compares by difference, so they may wrap.
+// which nobody reads meanwhile.  PARTS_IN and STAGED only grow, by the same amount in every launch,
+// `epoch` launches so far; whoever waits for them compares by difference, so they may wrap.
 struct Private {
     u64* loads;      // [SLOTS] rows of every slot of all ranks, summed over rounds
     u32* homes;      // [RING * BLOCK] where a row's results go: home_of(rank, cell)
@@ -35,22 +35,15 @@ struct Private {
     u32* epoch;      // see Counter
     u64* trace;      // trace.cuh, written with TRACE only
 };
-enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, FINISHED, BAD, NEXT };
+enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, BAD, NEXT };
 // PARTS_IN counts CTAs that have written their part of `parts`, STAGED those whose rows and list
-// entries can be read, MOVED those that have pulled and sent all that they will.  NEXT is the next
-// tile of a counted order, 0 between launches.
+// entries can be read, MOVED those that have pulled and sent all that they will: 0 between launches, as
+// is NEXT, the next tile of a counted order.
 
 // Read anew each time: kept for the whole kernel, these are three registers too many.
 __shared__ u32* volatile counters;
-__shared__ volatile u32 this_epoch;
+__shared__ volatile u32 this_epoch, this_round;
 inline u32* counter(Counter which) { return counters + which; }
-
-// One thread of every CTA: true for the last one of this launch.  Begins anew, so it cannot wrap.
-inline bool last_to_count(Counter which) {
-    const bool last = atomicAdd(counter(which), 1) + 1 == gridDim.x;
-    if (last) *counter(which) = 0;
-    return last;
-}
 
 enum Progress { ARRIVED, HALF, WHOLE, PROGRESS };  // rows in, FC1 tiles, FC2 tiles
 

@@ -61,32 +61,48 @@ inline void ring_init(u32 base) {
 }
 
 // Feeds one tile of `steps` stages, of whose rows `live` are any: the half of a warpgroup that has none
-// stays where it is.  One thread.  `passes(left)` is told before each stage how many are left, this one
-// included.
-template <int columns, typename Passes>
+// stays where it is.  One thread.  Weights of as many stages as are free go first; `await` returns when
+// the rows may be read.  `passes(left)` is told before each stage how many are left, this one included.
+template <int columns, typename Await, typename Passes>
 inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
-                 int live, u32 rank, int steps, Passes passes) {
+                 int live, u32 rank, int steps, Await await, Passes passes) {
+    constexpr u32 half_rows = ROW_BYTES / 2, half_weights = columns / 2 * TILE_K * 2;
     const int row = tile.block * BLOCK, column = tile.column * columns;
     const u32 halves = live > BLOCK / 2 ? 2 : 1;
+    Ring ahead = ring;
+    int sent = 0;
+    const auto send_weights = [&] {
+        const int x = sent * TILE_K;
+        bar_expect(ahead.full(), halves * half_rows + 2 * half_weights);
+        if (tile.same_rows) {
+            tma_load(ahead.weights(), weights, ahead.full(), x, column, tile.slot);
+            tma_load(ahead.weights() + half_weights, weights, ahead.full(), x, column + columns / 2,
+                     tile.slot);
+        } else {
+            tma_load_both(ahead.weights() + rank * half_weights, weights, ahead.full(), x,
+                          column + rank * (columns / 2), tile.slot);
+        }
+        ++sent;
+        ahead.next();
+    };
+    const int first = min(steps, STAGES);
+    while (sent < first && bar_test(ahead.empty(), ahead.phase() ^ 1)) send_weights();
+    await();
     for (int k = 0; k < steps; ++k, ring.next()) {
         passes(steps - k);
-        bar_wait(ring.empty(), ring.phase() ^ 1);
+        if (sent == k) {
+            bar_wait(ahead.empty(), ahead.phase() ^ 1);
+            send_weights();
+        }
         const int x = k * TILE_K;
-        constexpr u32 half_rows = ROW_BYTES / 2, half_weights = columns / 2 * TILE_K * 2;
-        bar_expect(ring.full(), halves * half_rows + 2 * half_weights);
         if (tile.same_rows) {
             if (rank < halves)
                 tma_load_both(ring.rows() + rank * half_rows, rows, ring.full(), x,
                               row + rank * (BLOCK / 2), 0);
-            tma_load(ring.weights(), weights, ring.full(), x, column, tile.slot);
-            tma_load(ring.weights() + half_weights, weights, ring.full(), x, column + columns / 2,
-                     tile.slot);
         } else {
             tma_load(ring.rows(), rows, ring.full(), x, row, 0);
             if (halves == 2)
                 tma_load(ring.rows() + half_rows, rows, ring.full(), x, row + BLOCK / 2, 0);
-            tma_load_both(ring.weights() + rank * half_weights, weights, ring.full(), x,
-                          column + rank * (columns / 2), tile.slot);
         }
     }
 }

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const Tile tile = wide_tile<SLOTS, COLUMNS>(before, t, rank);
             const int live = counts[tile.slot] - (tile.block - before[tile.slot]) * BLOCK;
             if (!tile.none && lane_index() == 0)
-                feed<TILE_N>(ring, rows, weights, tile, live, rank, K_STEPS, [](int) {});
+                feed<TILE_N>(ring, rows, weights, tile, live, rank, K_STEPS, [] {}, [](int) {});
             __syncwarp();
         }
         if (feeds && rank == 0 && lane_index() == 0) order.finish();

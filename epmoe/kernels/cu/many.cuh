@@ -66,7 +66,7 @@ inline void scout_stream(const World& world, const Private& mine, const Live& li
     laps.end();
 }
 
-// The feeding warp: each tile when what it needs is there.
+// The feeding warp: weights depend on nothing, rows are fetched when they are there.
 inline void feed_stream(const World& world, const Private& mine, const Maps& maps, u32 base,
                         u32 epoch) {
     const u32 rank = cluster_rank();
@@ -79,17 +79,21 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
         if (hand.gemm == 2) break;
         if (lane_index() == 0) {
             const Tile tile{hand.slot, hand.row / BLOCK, hand.column, hand.same_rows, false};
-            await_inputs(world, mine, epoch, hand);
-            laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
             const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K;
+            const auto await = [&] {
+                laps.lap(FEED);
+                await_inputs(world, mine, epoch, hand);
+                laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
+            };
             const auto passes = [&](int left) {
                 if (left == min(ASK, steps)) hands.ask();
             };
             if (TILE_N2 != TILE_N && hand.gemm)
-                feed<TILE_N2>(ring, maps.mid, maps.w2, tile, hand.rows, rank, steps, passes);
+                feed<TILE_N2>(ring, maps.mid, maps.w2, tile, hand.rows, rank, steps, await,
+                              passes);
             else
                 feed<TILE_N>(ring, hand.gemm ? maps.mid : maps.rows, hand.gemm ? maps.w2 : maps.w1, tile,
-                             hand.rows, rank, steps, passes);
+                             hand.rows, rank, steps, await, passes);
             laps.lap(FEED);
         }
         __syncwarp();

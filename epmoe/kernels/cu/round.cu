@@ -40,10 +40,9 @@ inline int rows_of(const World& world, int l) {
     return sum;
 }
 
-// The last CTA of the launch to get here opens the next one.
-inline void leave(const World& world, bool good) {
-    __threadfence();
-    if (!last_to_count(FINISHED)) return;
+// One thread of the first CTA, when it has seen Y: all CTAs have counted themselves MOVED, so none of them
+// looks at a counter or at the round's number again.  (After a fault some may; then nothing counts.)
+inline void open_next(const World& world, bool good) {
     *counter(NEXT) = 0;
     *counter(EPOCH) += 1;
     if (good) *reinterpret_cast<u64*>(world.round) += 1;
@@ -54,7 +53,9 @@ inline void leave(const World& world, bool good) {
 // result.
 inline void end_moves(const World& world, u32 round) {
     __threadfence();
-    if (last_to_count(MOVED) && !faulted(world)) publish_all(world, WORD_Y, round);
+    if (atomicAdd(counter(MOVED), 1) + 1 != gridDim.x) return;
+    *counter(MOVED) = 0;  // begins anew in every launch, so it cannot wrap
+    if (!faulted(world)) publish_all(world, WORD_Y, round);
 }
 
 // All threads of a CTA that pulls.
@@ -96,10 +97,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     tell(world, mine, call.x, call.choices, call.weights, call.rows, call.head,
          *reinterpret_cast<Telling*>(shared), mine.epoch[EPOCH], round_now(world));
     laps.lap(TELL);
-    const bool good = __syncthreads_and(warp || await_words(world, WORD_C, round_now(world)));
+    const bool good = __syncthreads_and(warp || await_words(world, WORD_C, this_round));
     laps.lap(WAIT_C);
     if (good && blockIdx.x < PULLERS)
-        pull_rows(world, mine, base, shared, this_epoch, round_now(world), laps);
+        pull_rows(world, mine, base, shared, this_epoch, this_round, laps);
     else
         cluster_sync();  // barriers are made; whoever pulls needs them later
     if (warp == 0) {
@@ -120,20 +121,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         multiply_stream(world, mine, maps, call, base, warp / 4);
         __threadfence_system();  // this thread's results have arrived
         both_sync();
-        if (threadIdx.x == 0) end_moves(world, round_now(world));
+        if (threadIdx.x == 0) end_moves(world, this_round);
         laps.lap(WORK);
         if (warp == 0) {
-            const bool all = await_words(world, WORD_Y, round_now(world)) && !faulted(world);
+            const bool all = await_words(world, WORD_Y, this_round) && !faulted(world);
             if (lane_index() == 0) came = all;
         }
         both_sync();
         const bool whole = came;
+        if (blockIdx.x == 0 && threadIdx.x == 0) open_next(world, whole);
         laps.lap(WAIT_Y);
         reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, whole,
                     (u64)blockIdx.x * GROUPS * 128 + threadIdx.x, (u64)gridDim.x * GROUPS * 128);
-        both_sync();
         laps.lap(REDUCE);
-        if (threadIdx.x == 0) leave(world, whole);
         laps.end();
         __syncwarp();
         cluster_sync();  // a CTA that left could still be sent arrivals
