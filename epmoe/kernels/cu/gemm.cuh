@@ -63,53 +63,72 @@ inline void ring_init(u32 base) {
 // Feeds one tile of `steps` stages, of whose rows `live` are any: the half of a warpgroup that has none
 // stays where it is.  One thread.  Weights of as many stages as are free go first; `await` returns when
 // the rows may be read.  `passes(left)` is told before each stage how many are left, this one included.
-template <int columns, typename Await, typename Passes>
-inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
-                 int live, u32 rank, int steps, Await await, Passes passes) {
+template <int columns, bool same_rows, typename Await, typename Passes>
+inline void feed_as(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
+                    int live, u32 rank, int steps, Await await, Passes passes) {
     constexpr u32 half_rows = ROW_BYTES / 2, half_weights = columns / 2 * TILE_K * 2;
     const int row = tile.block * BLOCK, column = tile.column * columns;
     const u32 halves = live > BLOCK / 2 ? 2 : 1;
-    Ring ahead = ring;
-    int sent = 0;
-    const auto send_weights = [&] {
-        const int x = sent * TILE_K;
-        bar_expect(ahead.full(), halves * half_rows + 2 * half_weights);
-        if (tile.same_rows) {
-            tma_load(ahead.weights(), weights, ahead.full(), x, column, tile.slot);
-            tma_load(ahead.weights() + half_weights, weights, ahead.full(), x, column + columns / 2,
-                     tile.slot);
-        } else {
-            tma_load_both(ahead.weights() + rank * half_weights, weights, ahead.full(), x,
-                          column + rank * (columns / 2), tile.slot);
-        }
-        ++sent;
-        ahead.next();
+    const auto begin = [&](const Ring& to) {
+        bar_expect(to.full(), halves * half_rows + 2 * half_weights);
     };
-    const int first = min(steps, STAGES);
-    while (sent < first && bar_test(ahead.empty(), ahead.phase() ^ 1)) send_weights();
-    await();
-    for (int k = 0; k < steps; ++k, ring.next()) {
-        passes(steps - k);
-        if (sent == k) {
-            bar_wait(ahead.empty(), ahead.phase() ^ 1);
-            send_weights();
-        }
-        const int x = k * TILE_K;
-        if (tile.same_rows) {
+    const auto send_rows = [&](const Ring& to, int x) {
+        if (same_rows) {
             if (rank < halves)
-                tma_load_both(ring.rows() + rank * half_rows, rows, ring.full(), x,
+                tma_load_both(to.rows() + rank * half_rows, rows, to.full(), x,
                               row + rank * (BLOCK / 2), 0);
         } else {
-            tma_load(ring.rows(), rows, ring.full(), x, row, 0);
+            tma_load(to.rows(), rows, to.full(), x, row, 0);
             if (halves == 2)
-                tma_load(ring.rows() + half_rows, rows, ring.full(), x, row + BLOCK / 2, 0);
+                tma_load(to.rows() + half_rows, rows, to.full(), x, row + BLOCK / 2, 0);
         }
+    };
+    const auto send_weights = [&](const Ring& to, int x) {
+        if (same_rows) {
+            tma_load(to.weights(), weights, to.full(), x, column, tile.slot);
+            tma_load(to.weights() + half_weights, weights, to.full(), x, column + columns / 2,
+                     tile.slot);
+        } else {
+            tma_load_both(to.weights() + rank * half_weights, weights, to.full(), x,
+                          column + rank * (columns / 2), tile.slot);
+        }
+    };
+    Ring ahead = ring;
+    int sent = 0, k = 0;
+#pragma unroll 1
+    for (; sent < min(steps, STAGES) && bar_test(ahead.empty(), ahead.phase() ^ 1); ahead.next()) {
+        begin(ahead);
+        send_weights(ahead, sent++ * TILE_K);
+    }
+    await();
+#pragma unroll 1
+    for (; k < sent; ++k, ring.next()) {
+        passes(steps - k);
+        send_rows(ring, k * TILE_K);
+    }
+    // This loop is the pace of tiles of 128 columns, down to its branches.
+#pragma unroll 1
+    for (; k < steps; ++k, ring.next()) {
+        passes(steps - k);
+        bar_wait(ring.empty(), ring.phase() ^ 1);
+        begin(ring);
+        send_rows(ring, k * TILE_K);
+        send_weights(ring, k * TILE_K);
     }
 }
 
+template <int columns, typename Await, typename Passes>
+inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
+                 int live, u32 rank, int steps, Await await, Passes passes) {
+    if (tile.same_rows)
+        feed_as<columns, true>(ring, rows, weights, tile, live, rank, steps, await, passes);
+    else
+        feed_as<columns, false>(ring, rows, weights, tile, live, rank, steps, await, passes);
+}
+
 // A warp gives a stage back to both CTAs: either may have multicast into it.
-inline void release(u32 empty) {
-    if (lane_index() < 2) bar_arrive_at(empty, lane_index());
+inline void release(u32 empty, u32 lane) {
+    if (lane < 2) bar_arrive_at(empty, lane);
 }
 
 // Called before the first wait of a tile that would block, else in the course of its steps, if it has
@@ -123,6 +142,7 @@ template <int columns, typename Between>
 inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps, Between between) {
     float(&used)[columns / 2] = reinterpret_cast<float(&)[columns / 2]>(sums);
     u32 before = 0;
+    const u32 lane = lane_index();
     const bool late = !bar_test(ring.full(), ring.phase());
     if (late) between();
     for (int k = 0; k < steps; ++k, ring.next()) {
@@ -136,19 +156,20 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps
             Wgmma<columns>::run(used, a + 2 * i, b + 2 * i, (k | i) != 0);
         wgmma_commit();
         wgmma_wait<1>();  // the stage before this one has been read
-        if (k) release(before);
+        if (k) release(before, lane);
         before = ring.empty();
     }
     wgmma_wait<0>();
-    release(before);
+    release(before, lane);
 #pragma unroll
     for (int i = 0; i < columns / 2; ++i) asm volatile("" : "+f"(used[i])::"memory");
 }
 
 // A warpgroup without live rows in this tile only keeps the ring turning.
 inline void skip(Ring& ring, int steps) {
+    const u32 lane = lane_index();
     for (int k = 0; k < steps; ++k, ring.next()) {
         bar_wait(ring.full(), ring.phase());
-        release(ring.empty());
+        release(ring.empty(), lane);
     }
 }

@@ -77,7 +77,7 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
         const Hand hand = unpacked(hands.take());
         laps.lap(TAKE);
         if (hand.gemm == 2) break;
-        if (lane_index() == 0) {
+        if (elected()) {
             const Tile tile{hand.slot, hand.row / BLOCK, hand.column, hand.same_rows, false};
             const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K;
             const auto await = [&] {

@@ -17,7 +17,12 @@ struct alignas(16) Quad {
 
 // Warp-uniform for the compiler too: a shuffled index lets it keep role branches uniform.
 inline u32 warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
-inline u32 lane_index() { return threadIdx.x % 32; }
+// Asked anew each time: kept for the whole kernel, predicates made of it were spilled.
+inline u32 lane_index() {
+    u32 lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
 
 inline u32 cluster_rank() {
     u32 r;
@@ -173,6 +178,19 @@ inline void bar_wait(u32 bar, u32 phase) {
 
 inline void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// True for one lane of a warp, the same one each time, all lanes together.  Unlike `lane_index() == 0`
+// it tells the assembler that what follows is done by one thread: without it every instruction of the
+// copy engine gets a loop over lanes.
+inline bool elected() {
+    u32 mine;
+    asm volatile(
+        "{.reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(mine));
+    return mine;
 }
 
 inline void tma_load(u32 to, const TensorMap& map, u32 bar, int x, int y, int z) {
