@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const NarrowTile n = narrow_tile<SLOTS, TILES>(chunks, blocks, counts, t);
-            if (elected()) feed(ring, few, many, weights, n, K_STEPS, [] {}, [](int) {});
+            if (lane_index() == 0) feed(ring, few, many, weights, n, K_STEPS, [] {}, [](int) {});
             __syncwarp();
         }
         if (feeds && lane_index() == 0) order.finish();

@@ -112,7 +112,6 @@ template <int tall, int wide, typename Between>
 inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group, int steps,
                      Between between) {
     u32 before = 0;
-    const bool first = lane_index() == 0;
     const bool late = __any_sync(~0u, !bar_test(ring.full(), ring.phase));
     if (late) between();
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
@@ -130,11 +129,11 @@ inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group, int
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (k && first) bar_arrive(before);
+        if (k && lane_index() == 0) bar_arrive(before);
         before = ring.empty();
     }
     wgmma_wait<0>();
-    if (first) bar_arrive(before);
+    if (lane_index() == 0) bar_arrive(before);
 #pragma unroll
     for (int i = 0; i < wide / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
