@@ -90,7 +90,7 @@ def layout(configs: Sequence[MoEConfig], ranks: int) -> Layout:
 
     >>> tiny = MoEConfig(experts=4, choices=2, hidden=128, inner=128, max_rows=8)
     >>> layout([tiny], ranks=2).lanes[0][0]["rows"]
-    Region(at=5888, shape=(8, 256), item=1)
+    Region(at=1051520, shape=(8, 256), item=1)
     """
     if not configs:
         raise ValueError("configs must name at least one layer, got none")

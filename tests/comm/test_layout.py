@@ -44,7 +44,8 @@ def test_every_region_has_room_for_what_the_protocol_writes():
     assert at["words"].shape == (3, 2)
     assert at["heads"] == Region(at["heads"].at, (2, HEAD), 8)
     assert at["counts"].shape == (2, 4)
-    assert at["lists"].shape == (2, 8 * 2)
+    assert at["lists"].shape == at["siblings"].shape == (2, 8 * 2)
+    assert at["pulled"].shape == (2, 2)
     assert at["rows"].shape == (8, record(TINY)[1])
     assert at["results"].shape == (8 * 2, 128)
     assert layout([TINY], ranks=2).rank["last_words"].bytes == LAST_WORDS
