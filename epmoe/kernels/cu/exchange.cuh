@@ -30,7 +30,7 @@ struct Private {
     u8* rows;        // [RING * BLOCK, RECORD]
     u16* mid;        // [RING * BLOCK, INNER]
     u32* blocks;     // [2][PROGRESS][BLOCKS]: see Progress
-    u32* parts;      // [PARTS][SLOTS] choices that each part of my rows has for a slot: pulled << 16 | others
+    u32* parts;      // [PARTS][SLOTS] choices that each part of my rows has: pulled << 16 | others
     int* scratch;    // [grid][LIVE_WORDS], where the table does not fit into shared memory
     u32* epoch;      // see Counter
     u64* trace;      // trace.cuh, written with TRACE only
@@ -65,6 +65,7 @@ static_assert(CELLS < (1 << 29) - 1 && RANKS <= 8, "a home has 29 bits for its c
 inline int in_ring(u32 block) { return RING < BLOCKS ? block % RING : block; }
 
 constexpr int N1 = gated(ACT) ? 2 * INNER : INNER;  // weight rows of FC1
+
 // How often a block of `rows` rows (more than BLOCK count as BLOCK) is counted when a GEMM has done all
 // its tiles: once for every 64 rows that a warpgroup has live, by each of its warps on the narrow path.
 constexpr u32 tiles_of(int gemm, int rows) {
@@ -93,7 +94,7 @@ inline bool await_words(const World& world, Kind kind, u32 round) {
 // which slot, and which entry of this slot's list.
 constexpr u32 NOT_THEIRS = ~0u;  // of another rank, or none
 inline u32 sibling_of(u32 slot, u32 entry) { return slot << 19 | entry; }
-static_assert(CELLS <= 1 << 19 && LOCAL < 1 << 13, "a sibling has 19 bits for its entry, 13 for its slot");
+static_assert(CELLS <= 1 << 19 && LOCAL < 1 << 13, "19 bits for a sibling's entry, 13 for its slot");
 
 // What a CTA that pulls knows of the round, in shared memory.
 struct Tables {

@@ -157,8 +157,8 @@ inline void multiply_stream(const World& world, const Private& mine, const Maps&
             group_sync(1 + group);  // of this tile all has been read, and the staging is free
             if (RING < BLOCKS && hand.column < COLUMNS2 && thread == 0)
                 add_release(progress(mine, this_epoch, WHOLE) + hand.block, 1);
-            send_out<TILE_N2, BIAS, BIAS && WEIGHT_IN_FC2>(sums, whole, scale, address_of(world, home), staging,
-                                                  slot, hand.column);
+            send_out<TILE_N2, BIAS, BIAS && WEIGHT_IN_FC2>(
+                sums, whole, scale, address_of(world, home), staging, slot, hand.column);
             laps.lap(OUT);
             continue;
         }

@@ -17,10 +17,11 @@ struct alignas(16) Quad {
 
 // Warp-uniform for the compiler too: a shuffled index lets it keep role branches uniform.
 inline u32 warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+// Asked anew each time, where tiles are wide: kept for the whole kernel, predicates made of it were
+// spilled.  Where weights are tall nothing was, and a loop that asks would ask in every step.
 #if TALL
 inline u32 lane_index() { return threadIdx.x % 32; }
 #else
-// Asked anew each time: kept for the whole kernel, predicates made of it were spilled.
 inline u32 lane_index() {
     u32 lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));

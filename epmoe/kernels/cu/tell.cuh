@@ -15,7 +15,7 @@ constexpr u32 FEW_CELLS = 256;
 constexpr u32 FULL_PART = (MAX_ROWS + PARTS - 1) / PARTS * CHOICES;
 constexpr u32 ONE_PART = CELLS < FEW_CELLS ? CELLS : FEW_CELLS;
 constexpr u32 PART = FULL_PART > ONE_PART ? FULL_PART : ONE_PART;  // cells, at most
-static_assert(PART < 1 << 16 && LOCAL < (1 << 15) - 1, "an entry has 16 bits for its place, 15 for its slot");
+static_assert(PART < 1 << 16 && LOCAL < (1 << 15) - 1, "an entry: 16 bits for its place, 15 for its slot");
 
 struct Head {
     long long field[HEAD];
