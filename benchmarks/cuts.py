@@ -37,7 +37,7 @@ from epmoe.kernels.fused import FusedOps, compiled
 from epmoe.kernels.ops import VERBS
 from epmoe.shapes import shape
 
-CUTS = {name: getattr(sizes, name) for name in ("FEW", "SOME", "MIXED", "MANY")}
+CUTS = {name: getattr(sizes, name) for name in ("FEW", "SOME", "MANY")}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ cuts = importlib.import_module("cuts")
 
 
 def test_a_case_names_a_shape_rows_and_ways():
-    case = cuts.Case.parse("mixtral:128:SOME,MIXED@8,split")
-    assert (case.shape, case.rows, case.ways) == ("mixtral", 128, ("SOME", "MIXED@8", "split"))
+    case = cuts.Case.parse("mixtral:128:SOME,MANY@8,split")
+    assert (case.shape, case.rows, case.ways) == ("mixtral", 128, ("SOME", "MANY@8", "split"))
     assert cuts.Case.parse("dsv3:16").ways == ("split", "auto")
     assert case.config(ranks=4, of=8).experts == 4
 
@@ -20,7 +20,7 @@ def test_a_case_names_a_shape_rows_and_ways():
 def test_a_way_says_what_the_round_is_told():
     assert cuts.how("split") is None
     assert cuts.how("auto") == {}
-    assert cuts.how("MIXED@8") == {"cut": cuts.sizes.MIXED, "pullers": 8}
+    assert cuts.how("MANY@8") == {"cut": cuts.sizes.MANY, "pullers": 8}
     assert cuts.how("auto@32") == {"pullers": 32}
 
 

@@ -121,11 +121,11 @@ class FusedOps:
         rows, mid = (self._kept[n].unsqueeze(0) for n in ("rows", "mid"))
         for cut, kernel in self._kernels.items():
             boxes: tuple[tuple[Tensor, int], ...]
-            one, two = cut.columns, cut.columns2
+            wide = cut.columns
             if cut.tall:
-                boxes = ((rows, 8), (rows, 32), (w1, one), (mid, 8), (mid, 32), (w2, two))
+                boxes = ((rows, 8), (rows, 32), (w1, wide), (mid, 8), (mid, 32), (w2, wide))
             else:  # half of the columns: the CTAs of a cluster may load one each
-                boxes = ((rows, 64), (w1, one // 2), (mid, 64), (w2, two // 2))
+                boxes = ((rows, 64), (w1, wide // 2), (mid, 64), (w2, wide // 2))
             maps = b"".join(tensor_map(tensor, box) for tensor, box in boxes)
             given = [maps, self._words.world(), private, bytes(CALL.size)]
             self._launches[cut] = Launch(
@@ -206,7 +206,6 @@ def compiled(
         "LAG": lag(grid, pullers, cut),
         "TALL": cut.columns if cut.tall else 0,
         "WIDE": cut.columns if not cut.tall else MANY.columns,
-        "WIDE2": cut.columns2 if not cut.tall else MANY.columns,
         "BLOCKS": f"{most_blocks(config, ranks)}u",
         "RING": f"{ring}u",
         "PARTS": f"{parts(grid, ranks)}u",

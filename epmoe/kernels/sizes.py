@@ -23,17 +23,15 @@ SHARED_POOLS = ("homes", "scale", "rows", "mid")
 class Cut:
     """The tiles of one kernel: ``columns`` weight rows by 128 rows of the pool, or by at most 64.
 
-    ``columns2``: of FC2.  ``tall``: the weights are the side of the matrix instruction that is 64
-    rows tall.
+    ``tall``: the weights are the side of the matrix instruction that is 64 rows tall.
     """
 
     columns: int
-    columns2: int
     tall: bool = False
 
 
-# As slots have few, some or many rows; MIXED where many, but so few slots that FC2 has few tiles.
-FEW, SOME, MIXED, MANY = Cut(128, 128, tall=True), Cut(128, 128), Cut(256, 128), Cut(256, 256)
+# As slots have few, some or many rows.
+FEW, SOME, MANY = Cut(128, tall=True), Cut(128), Cut(256)
 
 
 def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
@@ -59,24 +57,20 @@ def cut_of(config: MoEConfig, ranks: int, capacity: int) -> Cut:
     """How a round of at most ``capacity`` rows a rank is cut; from rank-identical numbers only.
 
     FEW where a slot expects so few rows that streaming weights is all that counts.  SOME where
-    MANY has so few tiles, or each so few rows, that SMs would stand idle.  Load of 8, FEW / SOME /
-    MANY in microseconds: dsv3 at 32 rows a slot 718 / 738 / -, at 64: - / 757 / 759; qwen3-30b at
-    8: 75 / 80 / -, at 64: 93 / 88 / 95, at 128: - / 92 / 99, at 256: - / 147 / 134; qwen3-235b at
-    64: 225 / 204 / 210, at 96: - / 202 / 206, at 128: - / 243 / 225; mixtral (two slots) at 128:
-    - / 256 / 297.  MIXED in place of SOME where a rank has one slot and FC2 few columns; mixtral,
-    FEW / SOME / MIXED / MANY: at 40 rows a slot 180 / 166 / 173 / -, at 64: 217 / 186 / 187 / -,
-    at 128: - / 225 / 212 / -, at 256: - / 278 / 258 / 302, at 384: - / 319 / 310 / 352.
+    MANY has so few tiles, or each so few rows, that SMs would stand idle.  Load of 8 on 4 GPUs, FEW
+    / SOME / MANY in microseconds: dsv3 at 32 rows a slot 724 / 736 / -, at 128: - / 955 / 905;
+    qwen3-30b at 32: 77 / 79 / -, at 128: - / 104 / 115, at 192: - / 127 / 125, at 256: - / 145 /
+    140; qwen3-235b at 128: - / 252 / 247, at 256: - / 360 / 343; gpt-oss at 64: 297 / 255 / 265;
+    mixtral at 32: 148 / 146 / -, at 256: - / 243 / 302, at 384: - / 286 / 353.
     """
     rows, places = capacity * config.choices * ranks, config.places
     if rows <= 32 * places:
         return FEW
-    few, many = (
-        places // ranks * -(-n // MANY.columns) for n in (config.hidden, up_columns(config))
-    )
-    tiles = few * -(-rows // (BLOCK * places))
+    local = places // ranks
+    tiles = local * -(-config.hidden // MANY.columns) * -(-rows // (BLOCK * places))
     if rows > 96 * places and (tiles > 128 or rows > 384 * places):
         return MANY
-    return MIXED if few <= 16 and many >= 4 * few else SOME
+    return SOME
 
 
 def up_columns(config: MoEConfig) -> int:
@@ -100,7 +94,7 @@ def pullers_of(cut: Cut) -> int:
     / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 / - / 79.8, gpt-oss at
     128 - / 241 / - / 245.
     """
-    return 16 if cut in (MIXED, MANY) else 24
+    return 16 if cut == MANY else 24
 
 
 def most_blocks(config: MoEConfig, ranks: int) -> int:

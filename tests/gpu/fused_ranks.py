@@ -163,7 +163,7 @@ def main():
     if asked.tight:
         sizes.SPARE = 0
         sizes.even_blocks = lambda config, ranks: 0
-    all_cuts = (sizes.FEW, sizes.SOME, sizes.MIXED, sizes.MANY)
+    all_cuts = (sizes.FEW, sizes.SOME, sizes.MANY)
     ways = [{"cut": cut, "counted": counted} for cut in all_cuts for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:

@@ -26,7 +26,7 @@ from epmoe.comm.layout import layout
 from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
-from epmoe.kernels.sizes import FEW, MANY, MIXED, SOME, cut_of, parts
+from epmoe.kernels.sizes import FEW, MANY, SOME, cut_of, parts
 
 HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
 
@@ -193,7 +193,7 @@ def checks(quick, tiny):
             yield few, 2, {"cut": cut, "limit_s": 300.0}
         return
     wide = replace(small, experts=64, choices=6, hidden=2880, inner=704, max_rows=1500)
-    for cut in (FEW, SOME, MIXED, MANY):
+    for cut in (FEW, SOME, MANY):
         yield small, 8, {"cut": cut, "counted": False}
         yield small, 8, {"cut": cut}
         # All CTAs together, a rank's telling CTAs and its words have counted past 2**32 by then.

@@ -13,7 +13,6 @@ from epmoe.kernels.fused import compiled
 from epmoe.kernels.sizes import (
     FEW,
     MANY,
-    MIXED,
     SOME,
     cut_of,
     cuts,
@@ -54,12 +53,8 @@ def test_it_compiles_without_spills(shape, cut):
     spills_nowhere(shape, cut, ((8, not cut.tall),))
 
 
-def test_tiles_of_two_widths_compile_without_spills():
-    spills_nowhere("mixtral", MIXED, ((8, True),))
-
-
 @pytest.mark.night
-@pytest.mark.parametrize("cut", [FEW, SOME, MIXED, MANY], ids=["few", "some", "mixed", "many"])
+@pytest.mark.parametrize("cut", [FEW, SOME, MANY], ids=["few", "some", "many"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_compiles_without_spills_in_every_way(shape, cut):
     spills_nowhere(shape, cut, itertools.product((1, 2, 4, 8), (False, True)))
@@ -107,10 +102,8 @@ def test_every_cut_that_a_round_may_want_is_made(shape, ranks):
 
 def test_one_slot_with_two_blocks_goes_in_smaller_tiles():
     mixtral = config("mixtral", max_rows=8192)
-    assert cut_of(mixtral, 8, 128) == MIXED  # 32 tiles of 256 columns in the second GEMM
-    assert cuts(mixtral, 8) == (FEW, MIXED, MANY)
-    assert cut_of(mixtral, 4, 256) == SOME  # two slots: as many tiles again
-    assert cuts(mixtral, 4) == (FEW, SOME, MANY)
+    assert cut_of(mixtral, 8, 128) == SOME  # 32 tiles of 256 columns in the second GEMM
+    assert cuts(mixtral, 8) == (FEW, SOME, MANY)
 
 
 @pytest.mark.parametrize(

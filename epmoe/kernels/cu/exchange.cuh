@@ -9,10 +9,6 @@
 #include "stream.cuh"
 #include "trace.cuh"
 
-#ifndef WIDE2
-#define WIDE2 WIDE
-#endif
-constexpr int TILE_N2 = WIDE2;  // columns of a tile of FC2
 constexpr int SLOTS = RANKS * LOCAL;
 constexpr u32 CELLS = MAX_ROWS * CHOICES;
 constexpr int HEAD = 8;             // comm/layout.py
@@ -69,7 +65,7 @@ constexpr int N1 = gated(ACT) ? 2 * INNER : INNER;  // weight rows of FC1
 // How often a block of `rows` rows (more than BLOCK count as BLOCK) is counted when a GEMM has done all
 // its tiles: once for every 64 rows that a warpgroup has live, by each of its warps on the narrow path.
 constexpr u32 tiles_of(int gemm, int rows) {
-    const int columns = gemm ? HIDDEN : N1, tile = TALL ? 64 : gemm ? TILE_N2 : TILE_N;
+    const int columns = gemm ? HIDDEN : N1, tile = TALL ? 64 : TILE_N;
     return (columns + tile - 1) / tile * (rows > 64 ? 2 : 1) * (TALL ? 4 : 1);
 }
 

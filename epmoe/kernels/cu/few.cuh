@@ -71,7 +71,7 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
         const Hand hand = unpacked(hands.take());
         laps.lap(TAKE);
         if (hand.gemm == 2) break;
-        if (lane_index() == 0) {
+        if (elected()) {
             const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
             const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
             feed(ring, hand.gemm ? maps.few_mid : maps.few_rows,

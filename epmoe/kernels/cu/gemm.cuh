@@ -63,11 +63,11 @@ inline void ring_init(u32 base) {
 // Feeds one tile of `steps` stages, of whose rows `live` are any: the half of a warpgroup that has none
 // stays where it is.  One thread.  Weights of as many stages as are free go first; `await` returns when
 // the rows may be read.  `passes(left)` is told before each stage how many are left, this one included.
-template <int columns, bool same_rows, typename Await, typename Passes>
+template <bool same_rows, typename Await, typename Passes>
 inline void feed_as(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
                     int live, u32 rank, int steps, Await await, Passes passes) {
-    constexpr u32 half_rows = ROW_BYTES / 2, half_weights = columns / 2 * TILE_K * 2;
-    const int row = tile.block * BLOCK, column = tile.column * columns;
+    constexpr u32 half_rows = ROW_BYTES / 2, half_weights = TILE_N / 2 * TILE_K * 2;
+    const int row = tile.block * BLOCK, column = tile.column * TILE_N;
     const u32 halves = live > BLOCK / 2 ? 2 : 1;
     const auto begin = [&](const Ring& to) {
         bar_expect(to.full(), halves * half_rows + 2 * half_weights);
@@ -86,11 +86,11 @@ inline void feed_as(Ring& ring, const TensorMap& rows, const TensorMap& weights,
     const auto send_weights = [&](const Ring& to, int x) {
         if (same_rows) {
             tma_load(to.weights(), weights, to.full(), x, column, tile.slot);
-            tma_load(to.weights() + half_weights, weights, to.full(), x, column + columns / 2,
+            tma_load(to.weights() + half_weights, weights, to.full(), x, column + TILE_N / 2,
                      tile.slot);
         } else {
             tma_load_both(to.weights() + rank * half_weights, weights, to.full(), x,
-                          column + rank * (columns / 2), tile.slot);
+                          column + rank * (TILE_N / 2), tile.slot);
         }
     };
     Ring ahead = ring;
@@ -117,13 +117,13 @@ inline void feed_as(Ring& ring, const TensorMap& rows, const TensorMap& weights,
     }
 }
 
-template <int columns, typename Await, typename Passes>
+template <typename Await, typename Passes>
 inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
                  int live, u32 rank, int steps, Await await, Passes passes) {
     if (tile.same_rows)
-        feed_as<columns, true>(ring, rows, weights, tile, live, rank, steps, await, passes);
+        feed_as<true>(ring, rows, weights, tile, live, rank, steps, await, passes);
     else
-        feed_as<columns, false>(ring, rows, weights, tile, live, rank, steps, await, passes);
+        feed_as<false>(ring, rows, weights, tile, live, rank, steps, await, passes);
 }
 
 // A warp gives a stage back to both CTAs: either may have multicast into it.
@@ -138,9 +138,8 @@ struct Nothing {
 };
 
 // Multiplies one tile into `sums`; warpgroup `group` has rows 64 * group .. + 63.
-template <int columns, typename Between>
+template <typename Between>
 inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps, Between between) {
-    float(&used)[columns / 2] = reinterpret_cast<float(&)[columns / 2]>(sums);
     u32 before = 0;
     const u32 lane = lane_index();
     const bool late = !bar_test(ring.full(), ring.phase());
@@ -153,7 +152,7 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps
         wgmma_begin();
 #pragma unroll
         for (u32 i = 0; i < TILE_K / 16; ++i)
-            Wgmma<columns>::run(used, a + 2 * i, b + 2 * i, (k | i) != 0);
+            Wgmma<TILE_N>::run(sums, a + 2 * i, b + 2 * i, (k | i) != 0);
         wgmma_commit();
         wgmma_wait<1>();  // the stage before this one has been read
         if (k) release(before, lane);
@@ -162,7 +161,7 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps
     wgmma_wait<0>();
     release(before, lane);
 #pragma unroll
-    for (int i = 0; i < columns / 2; ++i) asm volatile("" : "+f"(used[i])::"memory");
+    for (int i = 0; i < TILE_N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 // A warpgroup without live rows in this tile only keeps the ring turning.

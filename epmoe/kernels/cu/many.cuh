@@ -1,10 +1,9 @@
-// The many-rows half of a round: both GEMMs as one stream of tiles of 128 rows x TILE_N columns, TILE_N2
-// in FC2.
+// The many-rows half of a round: both GEMMs as one stream of tiles of 128 rows x TILE_N columns.
 #pragma once
 #include "hands.cuh"
 #include "send.cuh"
 
-constexpr int COLUMNS1 = (N1 + TILE_N - 1) / TILE_N, COLUMNS2 = (HIDDEN + TILE_N2 - 1) / TILE_N2;
+constexpr int COLUMNS1 = (N1 + TILE_N - 1) / TILE_N, COLUMNS2 = (HIDDEN + TILE_N - 1) / TILE_N;
 constexpr int PER1 = (COLUMNS1 + 1) / 2, PER2 = (COLUMNS2 + 1) / 2;
 constexpr int CTAS = 2, UNIT = BLOCK;
 using Tiles = Stream<PER1, PER2, LAG, UNIT>;
@@ -80,20 +79,16 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
         if (elected()) {
             const Tile tile{hand.slot, hand.row / BLOCK, hand.column, hand.same_rows, false};
             const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K;
-            const auto await = [&] {
-                laps.lap(FEED);
-                await_inputs(world, mine, epoch, hand);
-                laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
-            };
-            const auto passes = [&](int left) {
-                if (left == min(ASK, steps)) hands.ask();
-            };
-            if (TILE_N2 != TILE_N && hand.gemm)
-                feed<TILE_N2>(ring, maps.mid, maps.w2, tile, hand.rows, rank, steps, await,
-                              passes);
-            else
-                feed<TILE_N>(ring, hand.gemm ? maps.mid : maps.rows, hand.gemm ? maps.w2 : maps.w1, tile,
-                             hand.rows, rank, steps, await, passes);
+            feed(ring, hand.gemm ? maps.mid : maps.rows, hand.gemm ? maps.w2 : maps.w1, tile,
+                         hand.rows, rank, steps,
+                         [&] {
+                             laps.lap(FEED);
+                             await_inputs(world, mine, epoch, hand);
+                             laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
+                         },
+                         [&](int left) {
+                             if (left == min(ASK, steps)) hands.ask();
+                         });
             laps.lap(FEED);
         }
         __syncwarp();
@@ -142,8 +137,7 @@ inline void multiply_stream(const World& world, const Private& mine, const Maps&
                 bar_wait(ring.full(), ring.phase());
                 home = home_of_row(mine, row, rows);
             }
-            if (TILE_N2 != TILE_N && hand.gemm) multiply<TILE_N2>(ring, sums, group, steps, flush);
-            else multiply<TILE_N>(ring, sums, group, steps, flush);
+            multiply(ring, sums, group, steps, flush);
         }
         flush();
         hold(packed);
@@ -157,7 +151,7 @@ inline void multiply_stream(const World& world, const Private& mine, const Maps&
             group_sync(1 + group);  // of this tile all has been read, and the staging is free
             if (RING < BLOCKS && hand.column < COLUMNS2 && thread == 0)
                 add_release(progress(mine, this_epoch, WHOLE) + hand.block, 1);
-            send_out<TILE_N2, BIAS, BIAS && WEIGHT_IN_FC2>(
+            send_out<BIAS, BIAS && WEIGHT_IN_FC2>(
                 sums, whole, scale, address_of(world, home), staging, slot, hand.column);
             laps.lap(OUT);
             continue;
