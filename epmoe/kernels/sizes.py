@@ -167,7 +167,7 @@ def work_memory(
         "mid": ((ring, config.inner), torch.bfloat16),
         "loads": ((config.places,), torch.int64),
         "progress": ((2, 3, most_blocks(config, ranks)), torch.int32),
-        "parts": ((parts(grid, ranks), config.places), torch.int32),
+        "parts": ((parts(grid, ranks), config.places), torch.int64),
         "scratch": ((grid, 4 * config.slots_per_rank(ranks) + 4), torch.int32),
         "numbers": ((8,), torch.int32),  # cu/exchange.cuh Counter
     }

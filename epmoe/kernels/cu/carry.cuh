@@ -218,9 +218,20 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
         if (counter) add_release(counter, 1);
         laps.lap(LAND);
     };
-    bool more = c.find(true);
-    laps.lap(IDLE);
-    while (more) {
+    for (bool wait = true;;) {  // for the next batch, when none is under way
+        const bool more = c.find(wait);
+        laps.lap(wait ? IDLE : FIND_ROWS);
+        if (!more && wait) break;
+        wait = !more;
+        if (wait) {
+            write();
+            bulk_wait<0>();
+            count(written);
+            count(done);
+            coming = false;
+            written = done = nullptr;
+            continue;
+        }
         const bool has = c.from;
         bulk_wait_read<0>();  // what this lane wrote of this half's last batch has left it
         if (has) fence_async_global();
@@ -239,18 +250,6 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
         to = c.to;
         done = c.done;
         turn ^= 1;
-        more = c.find(false);
-        laps.lap(FIND_ROWS);
-        if (!more) {
-            write();
-            bulk_wait<0>();
-            count(written);
-            count(done);
-            coming = false;
-            written = done = nullptr;
-            more = c.find(true);
-            laps.lap(IDLE);
-        }
     }
     __syncwarp();  // all have seen their rows come
     if (first) {

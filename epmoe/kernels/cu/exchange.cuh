@@ -26,7 +26,7 @@ struct Private {
     u8* rows;        // [RING * BLOCK, RECORD]
     u16* mid;        // [RING * BLOCK, INNER]
     u32* blocks;     // [2][PROGRESS][BLOCKS]: see Progress
-    u32* parts;      // [PARTS][SLOTS] choices that each part of my rows has: pulled << 16 | others
+    u64* parts;      // [PARTS][SLOTS] choices that each part of my rows has: pulled << 32 | others
     int* scratch;    // [grid][LIVE_WORDS], where the table does not fit into shared memory
     u32* epoch;      // see Counter
     u64* trace;      // trace.cuh, written with TRACE only

@@ -62,6 +62,7 @@ inline void end_moves(const World& world, u32 round) {
 inline void pull_rows(const World& world, const Private& mine, u32 base, u8* shared, u32 epoch,
                       u32 round, Laps& laps) {
     Tables& t = *reinterpret_cast<Tables*>(shared + TABLES_AT);
+#pragma unroll 1
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS; i += PULLERS * blockDim.x)
         progress(mine, epoch + 1, ARRIVED)[i] = 0;
     bool good = make_tables(world, t, round);
@@ -132,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (blockIdx.x == 0 && threadIdx.x == 0) open_next(world, whole);
         laps.lap(WAIT_Y);
         reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, whole,
-                    (u64)blockIdx.x * GROUPS * 128 + threadIdx.x, (u64)gridDim.x * GROUPS * 128);
+                    blockIdx.x * GROUPS * 128 + threadIdx.x, gridDim.x * GROUPS * 128);
         laps.lap(REDUCE);
         laps.end();
         __syncwarp();

@@ -113,31 +113,33 @@ inline bool await(const World& world, u32 kind, u32 src, u32 round, u32& value) 
     const u64* cell = cell_of(world, world.rank, kind, src);
     const u64* leave = cell_of(world, world.rank, WORD_LEAVE, src);
     const u32* gone = reinterpret_cast<const u32*>(world.gone) + src;
-    u64 started = 0;
-    for (u32 turn = 0;; ++turn) {
+    u64 started = 0, waited = 0, w;
+    u32 why = 0;
+    for (u32 turn = 0; !why; ++turn) {
         // Who is gone is read before the word: a word published just before the end still counts.
         const bool look = turn % 64 == 63;
-        u32 why = 0;
+        u32 ended = 0;
         if (look) {
             const u64 left = load_acquire_system(leave);
-            if (left && (int)(round - (u32)(left >> 32)) >= 0) why = (u32)left & 0x7fffffff;
-            if (!why && load_system(gone)) why = EXITED;
+            if (left && (int)(round - (u32)(left >> 32)) >= 0) ended = (u32)left & 0x7fffffff;
+            if (!ended && load_system(gone)) ended = EXITED;
         }
-        const u64 w = load_acquire_system(cell);
+        w = load_acquire_system(cell);
         const u32 behind = round - (u32)(w >> 32);
-        if (__popcll(w) & 1 || behind > 1) return fail(world, CORRUPT, src, kind, round, w, 0);
-        if (behind == 0) {
+        if (__popcll(w) & 1 || behind > 1) {
+            why = CORRUPT;
+        } else if (behind == 0) {
             value = (u32)w & 0x7fffffff;
             return true;
+        } else if (look) {
+            if (faulted(world)) return false;
+            const u64 now = global_nanoseconds();
+            if (!started) started = now;
+            waited = now - started;
+            why = ended ? ended : waited > *reinterpret_cast<const u64*>(world.limit) ? STOPPED : 0;
         }
-        if (!look) continue;
-        if (faulted(world)) return false;
-        const u64 now = global_nanoseconds();
-        if (!started) started = now;
-        if (why) return fail(world, why, src, kind, round, w, now - started);
-        if (now - started > *reinterpret_cast<const u64*>(world.limit))
-            return fail(world, STOPPED, src, kind, round, w, now - started);
     }
+    return fail(world, why, src, kind, round, w, waited);
 }
 
 // One thread: the same, for those who leave it to another to ask who is gone and what a word says.

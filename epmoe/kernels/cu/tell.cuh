@@ -15,7 +15,8 @@ constexpr u32 FEW_CELLS = 256;
 constexpr u32 FULL_PART = (MAX_ROWS + PARTS - 1) / PARTS * CHOICES;
 constexpr u32 ONE_PART = CELLS < FEW_CELLS ? CELLS : FEW_CELLS;
 constexpr u32 PART = FULL_PART > ONE_PART ? FULL_PART : ONE_PART;  // cells, at most
-static_assert(PART < 1 << 16 && LOCAL < (1 << 15) - 1, "an entry: 16 bits for its place, 15 for its slot");
+constexpr u32 NO_SLOT = 0xffff;  // of the peer: the choice is another rank's, or none
+static_assert(PART < 1 << 16 && LOCAL < NO_SLOT, "16 bits for a cell's place, 16 for its slot");
 
 struct Head {
     long long field[HEAD];
@@ -31,19 +32,23 @@ struct Choices {
     // Both without a branch, so that the loads of many cells are under way together.
     //
     // Whether the choice counts.
-    inline bool names(u32 cell) const { return id(cell) < known; }
+    inline bool names(u32 cell) const { return names(id(cell)); }
     // -1 for no choice, -2 for an id that names nothing.
     inline int slot(u32 cell) const {
-        const u64 named = id(cell);
-        const bool good = named < known;
-        const int found = __ldg(table ? table + (good ? named : 0) : static_cast<const int*>(ids));
-        return good ? table ? found : (int)named : named == ~0ull ? -1 : -2;
+        const Id named = id(cell);
+        const bool good = names(named);
+        const int found = __ldg(table ? table + (good ? named.low : 0) : static_cast<const int*>(ids));
+        return good ? table ? found : (int)named.low : (named.low & named.high) == ~0u ? -1 : -2;
     }
-    inline u64 id(u32 cell) const {
-        const int* at = static_cast<const int*>(ids) + ((u64)cell << wide);
-        const int low = __ldg(at), high = __ldg(at + wide);
-        return (u64)(u32)(wide ? high : low >> 31) << 32 | (u32)low;
+
+    struct Id {
+        u32 low, high;  // of 4 bytes: the same twice
+    };
+    inline Id id(u32 cell) const {
+        const u32* at = static_cast<const u32*>(ids) + ((u64)cell << wide);
+        return {__ldg(at), __ldg(at + wide)};
     }
+    inline bool names(const Id& id) const { return id.low < known && !(wide && id.high); }
 };
 
 // What a CTA that tells has in shared memory, while the ring is not in use.
@@ -53,32 +58,36 @@ struct Telling {
     u32 begin[2][LOCAL];   // where this part's entries of either kind begin in a slot's list
     u32 first[LOCAL + 1];  // where a slot's list begins; last: the end of all
     u32 sound;             // no fault so far: one answer for the warpgroup, whose barriers depend on it
-    u32 entry[PART];       // of each cell: slot << 17 | pulled << 16 | which of that slot in this part
+    u16 slot[PART];        // of each cell: the peer's slot that it names
+    u16 nth[PART];         // and which of the choices of its kind of that slot it is in this part
 };
 static_assert(sizeof(Telling) <= 196608, "max_rows is too large to be told");
 
 // All CTAs, but for their first warpgroup: my rows into my slab.  Not after a fault: a peer may still be
 // reading those of the round before.
 inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows, u32 fault) {
-    const u64 stagers = THREADS - 128, threads = gridDim.x * stagers;
-    const u64 mine = blockIdx.x * stagers + threadIdx.x - 128;
-    const u64 quads = (u64)rows * (RECORD / 16);
+    const u32 stagers = THREADS - 128, threads = gridDim.x * stagers;
+    const u32 mine = blockIdx.x * stagers + threadIdx.x - 128;
+    constexpr u32 LOADS = 4;  // under way at a time
+    static_assert((u64)MAX_ROWS * (RECORD / 16) < 1ull << 31, "pieces are counted in 32 bits");
+    const u32 quads = rows * (RECORD / 16);
     Quad* to = at<Quad>(world, world.rank, ROWS_AT);
     const Quad* from = reinterpret_cast<const Quad*>(x);
-    constexpr int LOADS = 8;  // under way at a time
-    for (u64 i = mine; i < quads; i += LOADS * threads) {
+#pragma unroll 1
+    for (u32 i = mine; i < quads; i += LOADS * threads) {
         Quad q[LOADS];
 #pragma unroll
-        for (int u = 0; u < LOADS; ++u)
+        for (u32 u = 0; u < LOADS; ++u)
             if (i + u * threads < quads) q[u] = from[i + u * threads];
         if (fault) return;
 #pragma unroll
-        for (int u = 0; u < LOADS; ++u)
+        for (u32 u = 0; u < LOADS; ++u)
             if (i + u * threads < quads) to[i + u * threads] = q[u];
     }
     if (WEIGHT_IN_FC2 && !fault) {
         float* w = at<float>(world, world.rank, WEIGHTS_AT);
-        for (u64 i = mine; i < rows * CHOICES; i += threads) w[i] = weights[i];
+#pragma unroll 1
+        for (u32 i = mine; i < rows * CHOICES; i += threads) w[i] = weights[i];
     }
     fence_async_global();  // peers read the rows with the copy engine
 }
@@ -104,12 +113,13 @@ struct Teller {
 
     // How many choices this part has of each slot of the peer, for all to see.
     inline void count() const {
-        for (int l = threadIdx.x; l < 2 * LOCAL; l += 128) t.count[0][l] = 0;
-        if (one) {
-            for (int s = threadIdx.x; s < SLOTS; s += 128) t.asked[s] = 0;
-            group_sync(1);
-        }
-        constexpr u32 LOADS = 8;  // each takes a microsecond
+#pragma unroll 1
+        for (u32 l = threadIdx.x; l < 2 * LOCAL; l += 128) t.count[0][l] = 0;
+#pragma unroll 1
+        for (u32 s = threadIdx.x; one && s < SLOTS; s += 128) t.asked[s] = 0;
+        group_sync(1);
+        constexpr u32 LOADS = 4;  // each takes a microsecond
+#pragma unroll 1
         for (u32 c = from + threadIdx.x; c < to; c += LOADS * 128) {
             int s[LOADS];
 #pragma unroll
@@ -119,44 +129,64 @@ struct Teller {
             }
 #pragma unroll
             for (u32 u = 0; u < LOADS; ++u) {
-                const u32 cell = c + u * 128, slot = s[u];
+                const u32 cell = c + u * 128, slot = s[u], theirs = slot - peer * LOCAL;
                 if (cell >= to) break;
-                const bool theirs = slot < SLOTS && slot / LOCAL == peer;
-                t.entry[cell - from] = theirs ? slot % LOCAL << 17 : NOT_THEIRS;
+                t.slot[cell - from] = theirs < LOCAL ? theirs : NO_SLOT;
                 if (one && slot < SLOTS) atomicAdd(&t.asked[slot], 1u);
                 if (slot >= SLOTS && s[u] != -1 && peer == world.rank) atomicAdd(mine.epoch + BAD, 1);
             }
         }
         group_sync(1);
-        for (u32 c = threadIdx.x * CHOICES; c < to - from; c += 128 * CHOICES) {
-            u32* const row = t.entry + c;
-            u32 lowest = NOT_THEIRS;  // slot, then choice
-#pragma unroll
-            for (u32 k = 0; k < CHOICES; ++k)
-                if (row[k] != NOT_THEIRS) lowest = min(lowest, row[k] + k);
-#pragma unroll
-            for (u32 k = 0; k < CHOICES; ++k) {
-                if (row[k] == NOT_THEIRS) continue;
-                const u32 pulled = row[k] + k == lowest;
-                row[k] += pulled << 16 | atomicAdd(&t.count[pulled][row[k] >> 17], 1u);
-            }
+#pragma unroll 1
+        for (u32 c = threadIdx.x; c < to - from; c += 128) {
+            const u32 slot = t.slot[c];
+            if (slot != NO_SLOT) t.nth[c] = atomicAdd(&t.count[look_at(c).pulled][slot], 1u);
         }
         group_sync(1);
-        for (int l = threadIdx.x; !one && l < LOCAL; l += 128)
-            mine.parts[part * SLOTS + peer * LOCAL + l] = t.count[1][l] << 16 | t.count[0][l];
+#pragma unroll 1
+        for (u32 l = threadIdx.x; !one && l < LOCAL; l += 128)
+            mine.parts[part * SLOTS + peer * LOCAL + l] = (u64)t.count[1][l] << 32 | t.count[0][l];
+    }
+
+    // A cell beside the others of its row.
+    struct Look {
+        bool wanted, pulled;  // the peer's slots want the row; it is pulled for this cell
+    };
+    inline Look look_at(u32 c) const {
+        const u32 slot = t.slot[c], k = c % CHOICES;
+        Look look{slot != NO_SLOT, slot != NO_SLOT};
+#pragma unroll 1
+        for (u32 other = 0; other < CHOICES; ++other) {
+            const u32 its = t.slot[c - k + other];
+            look.wanted |= its != NO_SLOT;
+            look.pulled &= its > slot || (its == slot && other >= k);  // the lowest slot, then choice
+        }
+        return look;
     }
 
     // When all have counted: my entries into the peer's list; from the first part also the counts of
     // all slots and the head.  `t.first[LOCAL]` is then how many results I ask of the peer.
     inline void list(const Head& head) const {
+        int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
         int* pulled = at<int>(world, peer, PULLED_AT) + world.rank * LOCAL;
-        for (int l = threadIdx.x; l < LOCAL; l += 128) {
-            const Sum sum = one ? Sum{t.count[1][l], t.count[0][l]} : sum_of_parts(peer * LOCAL + l);
-            t.count[0][l] = sum.pulled + sum.others;
-            t.begin[1][l] = sum.pulled_before;
-            t.begin[0][l] = sum.pulled + sum.others_before;
-            if (part == 0) pulled[l] = sum.pulled;
+        const u32 theirs = peer * LOCAL;
+#pragma unroll 1
+        for (u32 s = (part ? theirs : 0) + threadIdx.x; s < (part ? theirs + LOCAL : SLOTS); s += 128) {
+            const u32 l = s - theirs;
+            u64 all, before = 0;  // pulled << 32 | others
+            if (!one) all = sum_of_parts(s, before);
+            else all = l < LOCAL ? (u64)t.count[1][l] << 32 | t.count[0][l] : t.asked[s];
+            const u32 these = all >> 32, count = these + (u32)all;
+            if (part == 0) counts[s] = count;
+            if (l >= LOCAL) continue;
+            t.count[0][l] = count;
+            t.begin[1][l] = before >> 32;
+            t.begin[0][l] = these + (u32)before;
+            if (part == 0) pulled[l] = these;
         }
+        if (part == 0 && threadIdx.x < HEAD)
+            (at<long long>(world, peer, HEADS_AT) + world.rank * HEAD)[threadIdx.x] =
+                head.field[threadIdx.x];
         group_sync(1);
         if (threadIdx.x < 32) {
             int base = 0;
@@ -170,47 +200,31 @@ struct Teller {
         }
         group_sync(1);
         u32* list = at<u32>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
-        u32* siblings = at<u32>(world, peer, SIBLINGS_AT) + (u64)world.rank * CELLS;
-        for (u32 c = from + threadIdx.x * CHOICES; c < to; c += 128 * CHOICES) {
-            u32 sibling[CHOICES];
-            bool theirs = false;
-#pragma unroll
-            for (u32 k = 0; k < CHOICES; ++k) {
-                const u32 entry = t.entry[c - from + k], slot = entry >> 17;
-                sibling[k] = NOT_THEIRS;
-                if (entry == NOT_THEIRS) continue;
-                const u32 nth = t.begin[entry >> 16 & 1][slot] + (entry & 0xffff);
-                const u32 place = t.first[slot] + nth;
-                if (place < CELLS) list[place] = c + k;  // more only after a fault: a part not counted
-                sibling[k] = sibling_of(slot, nth);
-                theirs = true;
+        u32* siblings = at<u32>(world, peer, SIBLINGS_AT) + (u64)world.rank * CELLS + from;
+#pragma unroll 1
+        for (u32 c = threadIdx.x; c < to - from; c += 128) {
+            const Look look = look_at(c);
+            if (!look.wanted) continue;
+            const u32 slot = t.slot[c];
+            u32 sibling = NOT_THEIRS;
+            if (slot != NO_SLOT) {
+                const u32 nth = t.begin[look.pulled][slot] + t.nth[c], place = t.first[slot] + nth;
+                if (place < CELLS) list[place] = from + c;  // more only after a fault: a part not counted
+                sibling = sibling_of(slot, nth);
             }
-            if (!theirs) continue;
-#pragma unroll
-            for (u32 k = 0; k < CHOICES; ++k) siblings[c + k] = sibling[k];
+            siblings[c] = sibling;
         }
-        if (part) return;
-        int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
-        long long* heads = at<long long>(world, peer, HEADS_AT) + world.rank * HEAD;
-        for (int s = threadIdx.x; s < SLOTS; s += 128) {
-            const Sum sum = one ? Sum{t.asked[s]} : sum_of_parts(s);
-            counts[s] = sum.pulled + sum.others;
-        }
-        if (threadIdx.x < HEAD) heads[threadIdx.x] = head.field[threadIdx.x];
     }
 
-    // All parts' choices of a slot, and those of the parts before this one.
-    struct Sum {
-        u32 pulled, others = 0, pulled_before = 0, others_before = 0;
-    };
-    inline Sum sum_of_parts(u32 slot) const {
-        Sum sum{0};
+    // All parts' choices of a slot, and those of the parts before this one: pulled << 32 | others.
+    inline u64 sum_of_parts(u32 slot, u64& before) const {
+        const u64* const counts = mine.parts + slot;
+        u64 sum = 0;
 #pragma unroll
         for (u32 p = 0; p < PARTS; ++p) {
-            const u32 n = mine.parts[p * SLOTS + slot];
-            sum.pulled += n >> 16;
-            sum.others += n & 0xffff;
-            if (p < part) sum.pulled_before += n >> 16, sum.others_before += n & 0xffff;
+            const u64 n = counts[p * SLOTS];
+            sum += n;
+            before += p < part ? n : 0;
         }
         return sum;
     }
