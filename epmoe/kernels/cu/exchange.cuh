@@ -158,13 +158,15 @@ inline bool make_tables(const World& world, Tables& t, u32 round) {
     return __syncthreads_and(good);
 }
 
-// One CTA of the rank: heads must agree, and every slot's load is added up.
-inline void check_heads(const World& world, const Private& mine, u32 round) {
+// Thread `thread` of `threads` of one CTA of the rank: heads must agree, every slot's load is added up.
+inline void check_heads(const World& world, const Private& mine, u32 round, u32 thread, u32 threads) {
     const long long* heads = at<long long>(world, world.rank, HEADS_AT);
-    for (int i = threadIdx.x; i < RANKS * HEAD; i += blockDim.x)
+#pragma unroll 1
+    for (u32 i = thread; i < RANKS * HEAD; i += threads)
         if (heads[i] != heads[world.rank * HEAD + i % HEAD])
             fail(world, DIFFERS, i / HEAD, i % HEAD, round, (u64)heads[i], 0);
-    for (int s = threadIdx.x; s < SLOTS; s += blockDim.x) {
+#pragma unroll 1
+    for (u32 s = thread; s < SLOTS; s += threads) {
         u64 sum = 0;
         for (int r = 0; r < RANKS; ++r) sum += at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + s];
         mine.loads[s] += sum;

@@ -112,10 +112,9 @@ template <int tall, int wide, typename Between>
 inline void multiply(Narrow<tall>& ring, float (&sums)[wide / 2], u32 group, int steps,
                      Between between) {
     u32 before = 0;
-    const bool late = __any_sync(~0u, !bar_test(ring.full(), ring.phase));
-    if (late) between();
+    const int pause = __any_sync(~0u, !bar_test(ring.full(), ring.phase)) ? 0 : 1;
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
-        if (k == 1 && !late) between();
+        if (k == pause) between();
         bar_wait(ring.full(), ring.phase);
         wgmma_begin();
 #pragma unroll

@@ -69,7 +69,10 @@ struct Order {
             bar_expect(full, 4);
             if (cluster_rank() == leader) {
                 bar_wait(empty, phase ^ 1);
-                id = counted ? atomicAdd(&shares->next, 1) : begun ? id + clusters : cluster;
+                // To fetch an id takes a microsecond, so only who comes late (it has pulled rows, and is
+                // past all `clusters`) fetches its first.
+                if (!begun && (cluster < clusters || !counted)) id = cluster;
+                else id = counted ? clusters + atomicAdd(&shares->next, 1) : id + clusters;
                 begun = 1;
                 const u32 chosen = stop() || id >= all ? ~0u : id;
                 for (u32 r = 0; r < ctas; ++r) store_at(word, full, leader + r, chosen);

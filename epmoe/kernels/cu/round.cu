@@ -66,7 +66,6 @@ inline void pull_rows(const World& world, const Private& mine, u32 base, u8* sha
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS; i += PULLERS * blockDim.x)
         progress(mine, epoch + 1, ARRIVED)[i] = 0;
     bool good = make_tables(world, t, round);
-    if (good && blockIdx.x == 0) check_heads(world, mine, round);
     if (good && (u32)t.block[LOCAL] > BLOCKS)
         good = fail(world, CORRUPT, world.rank, WORD_C, round, t.block[LOCAL], 0);
     __syncthreads();
@@ -77,6 +76,8 @@ inline void pull_rows(const World& world, const Private& mine, u32 base, u8* sha
                   lane_index() == 0 && (warp == 0 || warp == CARRIERS - 1));
         Carrier carrier(world, mine, t, epoch, round, warp * PULLERS + blockIdx.x, PULLERS * CARRIERS);
         carry(carrier, base, warp, laps);
+    } else if (good && blockIdx.x == 0) {
+        check_heads(world, mine, round, threadIdx.x - CARRIERS * 32, blockDim.x - CARRIERS * 32);
     }
     fence_async();   // what was written here by hand is written by the copy engine next
     cluster_sync();  // and by that of the other CTA
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 base = smem(shared), warp = warp_index();
     Laps laps(mine.trace, WHOLE_CTA, threadIdx.x == 0);
     if (threadIdx.x == 0) counters = mine.epoch;
-    if (warp == FEEDS && lane_index() == 0) {
+    if (threadIdx.x == FEEDS * 32) {  // not by `warp`: the comparison would be kept for below, and spill
         init_tiles(base);
         prefetch_maps(maps);
     }

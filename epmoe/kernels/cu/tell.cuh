@@ -1,17 +1,15 @@
 // How a round begins: rows into my slab, and into every peer's mailbox what I ask of its slots.
 //
 // A list for a peer has my choices of its slots, slot by slot, those that rows are pulled for first
-// (exchange.cuh).  PARTS CTAs make it together, each of a part of my rows: they count, and write their
-// entries where the parts before them end.  (One CTA for a whole peer took 42 us for 2,048 rows.)  A
-// warpgroup of each does that while the others of all CTAs stage rows: each is a chain of loads that
-// take a microsecond.
+// (exchange.cuh).  Where cells are few, one CTA makes it and all others stage rows.  Else PARTS CTAs make
+// it together, each of a part of my rows: they count, and write their entries where the parts before
+// them end.  (One CTA for a whole peer took 42 us for 2,048 rows.)  A warpgroup of each does that while
+// the others of all CTAs stage: either is a chain of loads that take a microsecond.
 #pragma once
 #include "exchange.cuh"
 
 constexpr u32 TELLERS = RANKS * PARTS;  // CTAs
-// As few as that are one part's, and nobody waits for others.  4 H200, qwen3-30b: at 16 rows 72 us
-// instead of 76; at 128 rows (1,024 cells) 95.8 instead of 93.7.
-constexpr u32 FEW_CELLS = 256;
+constexpr u32 FEW_CELLS = 1024;  // at most, for one CTA a peer
 constexpr u32 FULL_PART = (MAX_ROWS + PARTS - 1) / PARTS * CHOICES;
 constexpr u32 ONE_PART = CELLS < FEW_CELLS ? CELLS : FEW_CELLS;
 constexpr u32 PART = FULL_PART > ONE_PART ? FULL_PART : ONE_PART;  // cells, at most
@@ -63,11 +61,12 @@ struct Telling {
 };
 static_assert(sizeof(Telling) <= 196608, "max_rows is too large to be told");
 
-// All CTAs, but for their first warpgroup: my rows into my slab.  Not after a fault: a peer may still be
-// reading those of the round before.
-inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows, u32 fault) {
-    const u32 stagers = THREADS - 128, threads = gridDim.x * stagers;
-    const u32 mine = blockIdx.x * stagers + threadIdx.x - 128;
+// All CTAs from CTA `first` on, but for their first warpgroup: my rows into my slab.  Not after a fault: a
+// peer may still be reading those of the round before.
+inline void stage_rows(const World& world, const u8* x, const float* weights, u32 rows, u32 first,
+                       u32 fault) {
+    const u32 stagers = THREADS - 128, threads = (gridDim.x - first) * stagers;
+    const u32 mine = (blockIdx.x - first) * stagers + threadIdx.x - 128;
     constexpr u32 LOADS = 4;  // under way at a time
     static_assert((u64)MAX_ROWS * (RECORD / 16) < 1ull << 31, "pieces are counted in 32 bits");
     const u32 quads = rows * (RECORD / 16);
@@ -92,20 +91,22 @@ inline void stage_rows(const World& world, const u8* x, const float* weights, u3
     fence_async_global();  // peers read the rows with the copy engine
 }
 
-// The first warpgroup of a CTA that tells: a part of my rows, one peer.
+// A CTA that tells, or its first warpgroup: a part of my rows, one peer.
 struct Teller {
     const World& world;
     const Private& mine;
     const Choices& choices;
     Telling& t;
-    const bool one;  // part, of all rows
-    const u32 peer, part, from, to;  // cells from .. to - 1
+    const bool one;  // part, of all rows, by all threads of the CTA
+    const u32 threads, peer, part, from, to;  // cells from .. to - 1
 
     inline Teller(const World& world, const Private& mine, const Choices& choices, u32 rows,
                   Telling& t)
         : world(world), mine(mine), choices(choices), t(t), one(rows * CHOICES <= FEW_CELLS),
-          peer((world.rank + 1 + blockIdx.x) % RANKS), part(blockIdx.x / RANKS),
-          from(share(rows, part)), to(share(rows, part + 1)) {}
+          threads(one ? THREADS : 128), peer((world.rank + 1 + blockIdx.x) % RANKS),
+          part(blockIdx.x / RANKS), from(share(rows, part)), to(share(rows, part + 1)) {}
+
+    inline void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
     inline u32 share(u32 rows, u32 part) const {
         return min(rows, part * (one ? rows : (rows + PARTS - 1) / PARTS)) * CHOICES;
@@ -114,37 +115,37 @@ struct Teller {
     // How many choices this part has of each slot of the peer, for all to see.
     inline void count() const {
 #pragma unroll 1
-        for (u32 l = threadIdx.x; l < 2 * LOCAL; l += 128) t.count[0][l] = 0;
+        for (u32 l = threadIdx.x; l < 2 * LOCAL; l += threads) t.count[0][l] = 0;
 #pragma unroll 1
-        for (u32 s = threadIdx.x; one && s < SLOTS; s += 128) t.asked[s] = 0;
-        group_sync(1);
+        for (u32 s = threadIdx.x; one && s < SLOTS; s += threads) t.asked[s] = 0;
+        sync();
         constexpr u32 LOADS = 4;  // each takes a microsecond
 #pragma unroll 1
-        for (u32 c = from + threadIdx.x; c < to; c += LOADS * 128) {
+        for (u32 c = from + threadIdx.x; c < to; c += LOADS * threads) {
             int s[LOADS];
 #pragma unroll
             for (u32 u = 0; u < LOADS; ++u) {
-                const u32 cell = c + u * 128;
+                const u32 cell = c + u * threads;
                 s[u] = cell < to ? choices.slot(cell) : -1;
             }
 #pragma unroll
             for (u32 u = 0; u < LOADS; ++u) {
-                const u32 cell = c + u * 128, slot = s[u], theirs = slot - peer * LOCAL;
+                const u32 cell = c + u * threads, slot = s[u], theirs = slot - peer * LOCAL;
                 if (cell >= to) break;
                 t.slot[cell - from] = theirs < LOCAL ? theirs : NO_SLOT;
                 if (one && slot < SLOTS) atomicAdd(&t.asked[slot], 1u);
                 if (slot >= SLOTS && s[u] != -1 && peer == world.rank) atomicAdd(mine.epoch + BAD, 1);
             }
         }
-        group_sync(1);
+        sync();
 #pragma unroll 1
-        for (u32 c = threadIdx.x; c < to - from; c += 128) {
+        for (u32 c = threadIdx.x; c < to - from; c += threads) {
             const u32 slot = t.slot[c];
             if (slot != NO_SLOT) t.nth[c] = atomicAdd(&t.count[look_at(c).pulled][slot], 1u);
         }
-        group_sync(1);
+        sync();
 #pragma unroll 1
-        for (u32 l = threadIdx.x; !one && l < LOCAL; l += 128)
+        for (u32 l = threadIdx.x; !one && l < LOCAL; l += threads)
             mine.parts[part * SLOTS + peer * LOCAL + l] = (u64)t.count[1][l] << 32 | t.count[0][l];
     }
 
@@ -155,7 +156,7 @@ struct Teller {
     inline Look look_at(u32 c) const {
         const u32 slot = t.slot[c], k = c % CHOICES;
         Look look{slot != NO_SLOT, slot != NO_SLOT};
-#pragma unroll 1
+#pragma unroll
         for (u32 other = 0; other < CHOICES; ++other) {
             const u32 its = t.slot[c - k + other];
             look.wanted |= its != NO_SLOT;
@@ -171,7 +172,7 @@ struct Teller {
         int* pulled = at<int>(world, peer, PULLED_AT) + world.rank * LOCAL;
         const u32 theirs = peer * LOCAL;
 #pragma unroll 1
-        for (u32 s = (part ? theirs : 0) + threadIdx.x; s < (part ? theirs + LOCAL : SLOTS); s += 128) {
+        for (u32 s = (part ? theirs : 0) + threadIdx.x; s < (part ? theirs + LOCAL : SLOTS); s += threads) {
             const u32 l = s - theirs;
             u64 all, before = 0;  // pulled << 32 | others
             if (!one) all = sum_of_parts(s, before);
@@ -187,7 +188,7 @@ struct Teller {
         if (part == 0 && threadIdx.x < HEAD)
             (at<long long>(world, peer, HEADS_AT) + world.rank * HEAD)[threadIdx.x] =
                 head.field[threadIdx.x];
-        group_sync(1);
+        sync();
         if (threadIdx.x < 32) {
             int base = 0;
 #pragma unroll 1
@@ -198,11 +199,11 @@ struct Teller {
             }
             if (threadIdx.x == 0) t.first[LOCAL] = base;
         }
-        group_sync(1);
+        sync();
         u32* list = at<u32>(world, peer, LISTS_AT) + (u64)world.rank * CELLS;
         u32* siblings = at<u32>(world, peer, SIBLINGS_AT) + (u64)world.rank * CELLS + from;
 #pragma unroll 1
-        for (u32 c = threadIdx.x; c < to - from; c += 128) {
+        for (u32 c = threadIdx.x; c < to - from; c += threads) {
             const Look look = look_at(c);
             if (!look.wanted) continue;
             const u32 slot = t.slot[c];
@@ -237,24 +238,23 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
     // fault that is set right now and who does not may differ: the rows are for this rank's results
     // only, which will be NaN.
     const u32 fault = *reinterpret_cast<const volatile u32*>(world.fault);
-    const bool tells = blockIdx.x < TELLERS;
     const Teller teller(world, mine, choices, rows, t);
-    if (threadIdx.x >= 128) {
-        stage_rows(world, x, weights, rows, fault);
-    } else if (tells) {
+    const bool tells = blockIdx.x < (teller.one ? RANKS : TELLERS);
+    if (teller.one && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(counter(PARTS_IN), TELLERS);
+    if (tells && threadIdx.x < teller.threads) {
         teller.count();
-        if (threadIdx.x == 0) t.sound = !fault;
-        group_sync(1);
+        if (!teller.one) teller.sync();
         if (threadIdx.x == 0) {
-            if (teller.one) {
-                atomicAdd(counter(PARTS_IN), 1);
-            } else {
+            t.sound = !fault;
+            if (!teller.one) {
                 add_release(counter(PARTS_IN), 1);
                 await_count(world, counter(PARTS_IN), (epoch + 1) * TELLERS);
             }
         }
-        group_sync(1);
-        if (t.sound && (!teller.one || teller.part == 0)) teller.list(head);
+        teller.sync();
+        if (t.sound) teller.list(head);
+    } else if (threadIdx.x >= 128) {
+        stage_rows(world, x, weights, rows, teller.one ? RANKS : 0, fault);
     }
     if (threadIdx.x == 0) this_epoch = epoch, this_round = round;
     fence_async();  // the copy engine fills this shared memory next
