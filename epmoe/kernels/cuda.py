@@ -18,7 +18,7 @@ from epmoe.kernels.sizes import most_blocks, refusal
 
 MOVERS = 7  # cu/copy.cuh
 MOVER_SHARED = MOVERS * 4 * (7168 + 8) + 128
-COPIERS = 32  # blocks that stage rows beside those that write lists
+COPIERS = 96  # blocks that stage rows beside those that write lists
 FEW = 64  # grouped_gemm's ``tall`` for few rows a slot
 MOVING = 16  # blocks that pull or push: 8 to 16 saturate the link, more lose (measured)
 
@@ -87,7 +87,7 @@ class CudaOps:
         head = bytes(8 * HEAD)
         stage = [*given, 0, 0, 0, 0, head]
         self._stage = Launch(self._kernels["stage"], (ranks + COPIERS,), 1024, stage)
-        grid = processors_of(torch.cuda.current_device()) * 4
+        grid = processors_of(torch.cuda.current_device()) * 3  # cu/verbs.cu
         self._reduce = Launch(self._kernels["reduce"], (grid,), 256, [*given, 0, 0, 0, 0, 0])
         self._gemms: dict[int, tuple[Launch, ...]] = {}
         self._weights: tuple[Tensor | None, ...] = ()

@@ -5,14 +5,10 @@
 // PARTS, CTAs that tell one peer.
 #pragma once
 #include "epilogue.cuh"
+#include "mailbox.cuh"
 #include "signals.cuh"
 #include "stream.cuh"
 #include "trace.cuh"
-
-constexpr int SLOTS = RANKS * LOCAL;
-constexpr u32 CELLS = MAX_ROWS * CHOICES;
-constexpr int HEAD = 8;             // comm/layout.py
-constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
 
 // What a rank keeps of a round for itself.  Blocks are counted over all that comes in a round; block
 // b lies in the pools at b % RING, after FC2 of block b - RING has been done.  Counters of a block
@@ -34,7 +30,7 @@ struct Private {
 enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, BAD, NEXT };
 // PARTS_IN counts CTAs that have written their part of `parts`, STAGED those whose rows and list
 // entries can be read, MOVED those that have pulled and sent all that they will: 0 between launches, as
-// is NEXT, the next tile of a counted order.
+// is NEXT, the tiles of a counted order that were fetched (order.cuh).
 
 // Read anew each time: kept for the whole kernel, these are three registers too many.
 __shared__ u32* volatile counters;

@@ -156,8 +156,9 @@ inline void multiply_stream(const World& world, const Private& mine, const Maps&
             laps.lap(OUT);
             continue;
         }
+        // `group`, asked anew: kept over the product it is a register too many for some epilogues.
         write_out<ACT, BIAS, WEIGHT_IN_FC2>(sums, half, maps.mid, staging, slot, row, rows, hand.column,
-                                            group);
+                                            warp_index() / 4);
         laps.lap(OUT);
         if (hand.column >= COLUMNS1) continue;
         const int done = progress(mine, this_epoch, HALF) - mine.blocks + hand.block;

@@ -29,6 +29,20 @@ inline u32 lane_index() {
 }
 #endif
 
+// The sum of a value over the lanes up to this one; all lanes of a warp together.
+inline int scanned(int value) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2)
+        asm volatile(
+            "{.reg .pred below;\n"
+            ".reg .s32 other;\n"
+            "shfl.sync.up.b32 other|below, %0, %1, 0, 0xffffffff;\n"
+            "@below add.s32 %0, %0, other;}"
+            : "+r"(value)
+            : "r"(step));
+    return value;
+}
+
 inline u32 cluster_rank() {
     u32 r;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

@@ -1,6 +1,8 @@
 // The last step of a round: a row's results become its output.
 #pragma once
-#include "tell.cuh"
+#include "choices.cuh"
+#include "mailbox.cuh"
+#include "signals.cuh"
 
 // The sum over choices, ascending, in fp32, one rounding; NaN if the round is not `good`.  Thread
 // `thread` of `threads` in the whole grid.

@@ -21,19 +21,6 @@ struct Live {
 };
 constexpr int live_words(int slots, bool smaller) { return (smaller ? 4 : 3) * slots + 4; }
 
-inline int scanned(int value) {  // inclusive, over a warp
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2)
-        asm volatile(
-            "{.reg .pred below;\n"
-            ".reg .s32 other;\n"
-            "shfl.sync.up.b32 other|below, %0, %1, 0, 0xffffffff;\n"
-            "@below add.s32 %0, %0, other;}"
-            : "+r"(value)
-            : "r"(step));
-    return value;
-}
-
 // One warp fills `live` from rows_of(slot); the caller makes it visible.
 template <int slots, int unit_rows, typename Rows>
 inline void find_live(const Live& live, Rows rows_of) {

@@ -6,6 +6,7 @@
 // them end.  (One CTA for a whole peer took 42 us for 2,048 rows.)  A warpgroup of each does that while
 // the others of all CTAs stage: either is a chain of loads that take a microsecond.
 #pragma once
+#include "choices.cuh"
 #include "exchange.cuh"
 
 constexpr u32 TELLERS = RANKS * PARTS;  // CTAs
@@ -15,39 +16,6 @@ constexpr u32 ONE_PART = CELLS < FEW_CELLS ? CELLS : FEW_CELLS;
 constexpr u32 PART = FULL_PART > ONE_PART ? FULL_PART : ONE_PART;  // cells, at most
 constexpr u32 NO_SLOT = 0xffff;  // of the peer: the choice is another rank's, or none
 static_assert(PART < 1 << 16 && LOCAL < NO_SLOT, "16 bits for a cell's place, 16 for its slot");
-
-struct Head {
-    long long field[HEAD];
-};
-
-// What the caller's ids say: experts, of which `table` knows the slot, or slots already.
-struct Choices {
-    const void* ids;
-    const int* table;  // [experts], or null: ids are slots
-    u32 known;         // ids below it name something
-    u32 wide;          // 1: ids are of 8 bytes, 0: of 4
-
-    // Both without a branch, so that the loads of many cells are under way together.
-    //
-    // Whether the choice counts.
-    inline bool names(u32 cell) const { return names(id(cell)); }
-    // -1 for no choice, -2 for an id that names nothing.
-    inline int slot(u32 cell) const {
-        const Id named = id(cell);
-        const bool good = names(named);
-        const int found = __ldg(table ? table + (good ? named.low : 0) : static_cast<const int*>(ids));
-        return good ? table ? found : (int)named.low : (named.low & named.high) == ~0u ? -1 : -2;
-    }
-
-    struct Id {
-        u32 low, high;  // of 4 bytes: the same twice
-    };
-    inline Id id(u32 cell) const {
-        const u32* at = static_cast<const u32*>(ids) + ((u64)cell << wide);
-        return {__ldg(at), __ldg(at + wide)};
-    }
-    inline bool names(const Id& id) const { return id.low < known && !(wide && id.high); }
-};
 
 // What a CTA that tells has in shared memory, while the ring is not in use.
 struct Telling {

@@ -1,17 +1,13 @@
 // The verbs of a round as separate launches: stage, pull, push, reduce.  The GEMMs lie between.
 //
 // They are the oracle of the fused kernel, what it falls back to, and what it is measured against.
-// Constants: RANKS, LOCAL (slots of a rank), CHOICES, HIDDEN, MAX_ROWS, RECORD (bytes of a row on
-// the wire), WEIGHT_IN_FC2, and where the regions of a slab lie (comm/layout.py): WORDS_AT,
-// HEADS_AT, COUNTS_AT, LISTS_AT, WEIGHTS_AT, ROWS_AT, RESULTS_AT.
+// Constants: those of mailbox.cuh, RECORD (bytes of a row on the wire), WEIGHT_IN_FC2, and where the
+// regions of a slab lie (comm/layout.py): WORDS_AT, HEADS_AT, COUNTS_AT, LISTS_AT, WEIGHTS_AT, ROWS_AT,
+// RESULTS_AT.
 #include "copy.cuh"
-#include "signals.cuh"
+#include "reduce.cuh"
 
-constexpr int SLOTS = RANKS * LOCAL;
-constexpr u32 CELLS = MAX_ROWS * CHOICES;
-constexpr int BLOCK = 128;          // a slot's rows begin at a multiple of it (tiles.cuh)
-constexpr int HEAD = 8;             // comm/layout.py
-constexpr u32 RESULT = HIDDEN * 2;  // bytes of a result in bf16
+constexpr int BLOCK = 128;  // a slot's rows begin at a multiple of it (tiles.cuh)
 
 // What a rank keeps of a round for itself, in its own memory.
 struct Private {
@@ -30,14 +26,12 @@ struct Private {
     u32 pool, unused;  // rows of the pool
 };
 
-struct Head {
-    long long field[HEAD];
-};
-
 // The tables that turn a list entry of a source into a row of the pool.
 struct Tables {
     int first[RANKS][LOCAL + 1];  // list entries of a source before each slot; the last is the sum
-    int row[RANKS][LOCAL];        // pool row of the first entry of a source for a slot
+    int row[RANKS][LOCAL];        // a slot's rows of the sources before this one
+    int rows[LOCAL];              // all of a slot's
+    int begin[LOCAL];             // where they begin in the pool
 };
 
 // From counts[r][l] in t.first[r][l + 1]; all threads of the block.
@@ -48,21 +42,23 @@ inline void make_tables(Tables& t) {
             t.row[r][l] = sum;
             sum += t.first[r][l + 1];
         }
+        t.rows[l] = sum;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {  // at most 512 additions, beside microseconds of waiting
+    for (u32 job = threadIdx.x / 32; job <= RANKS; job += blockDim.x / 32) {  // a list, or the pool
         int base = 0;
-        for (int l = 0; l < LOCAL; ++l) {
-            const int rows = t.row[RANKS - 1][l] + t.first[RANKS - 1][l + 1];
-            for (int r = 0; r < RANKS; ++r) t.row[r][l] += base;
-            base += (rows + BLOCK - 1) / BLOCK * BLOCK;
+        for (int from = 0; from < LOCAL; from += 32) {
+            const int l = from + lane_index();
+            int n = 0;
+            if (l < LOCAL) n = job < RANKS ? t.first[job][l + 1] : (t.rows[l] + BLOCK - 1) / BLOCK * BLOCK;
+            const int sum = base + scanned(n);
+            if (l < LOCAL) {
+                if (job < RANKS) t.first[job][l + 1] = sum;
+                else t.begin[l] = sum - n;
+            }
+            base = __shfl_sync(~0u, sum, 31);
         }
-    }
-    __syncthreads();
-    if (threadIdx.x < RANKS) {
-        int* first = t.first[threadIdx.x];
-        first[0] = 0;
-        for (int l = 0; l < LOCAL; ++l) first[l + 1] += first[l];
+        if (job < RANKS && lane_index() == 0) t.first[job][0] = 0;
     }
     __syncthreads();
 }
@@ -75,7 +71,7 @@ inline int row_of(const Tables& t, int r, int j) {
         if (t.first[r][middle] <= j) low = middle;
         else high = middle;
     }
-    return t.row[r][low] + j - t.first[r][low];
+    return t.begin[low] + t.row[r][low] + j - t.first[r][low];
 }
 
 // Entry n of all work, sources in turn so that every link is busy; false when r has no entry j.
@@ -110,8 +106,11 @@ inline bool words_came(const World& world, const Private& mine, u32 kind, u32 ro
         // Not by difference: these verbs may not have run for as many rounds as there are numbers.
         for (u32 turn = 0; came && load_acquire(mine.came) != target; ++turn) {
             __nanosleep(turn < 64 ? 50 : 500);
-            if (turn % 64 == 63)  // twice: block 0 gives up first and says why
-                came = !faulted(world) && global_nanoseconds() - started <= 2 * limit;
+            if (turn % 64 != 63) continue;
+            const u64 waited = global_nanoseconds() - started;
+            came = !faulted(world);
+            if (came && waited > 2 * limit)  // twice: block 0 gives up first and says why
+                came = fail(world, STOPPED, world.rank, kind, round, *mine.came, waited);
         }
     }
     if (!__syncthreads_and(came)) return false;
@@ -124,9 +123,9 @@ inline bool words_came(const World& world, const Private& mine, u32 kind, u32 ro
 
 // My rows into my slab, my counts and lists into the peers' mailboxes, then C to each.  Blocks
 // 0 .. RANKS-1 serve one peer each and wait for the others, who copy rows and wait for nobody.
-extern "C" __global__ void __launch_bounds__(1024) stage(World world, Private mine, const u8* x,
-                                                         const int* slots, const float* weights,
-                                                         u32 rows, Head head) {
+extern "C" __global__ void __launch_bounds__(1024)
+    stage(const __grid_constant__ World world, const __grid_constant__ Private mine, const u8* x,
+          const int* slots, const float* weights, u32 rows, const __grid_constant__ Head head) {
     __shared__ int count[SLOTS], place[SLOTS];
     if (faulted(world)) return;
     const u32 round = round_now(world), copiers = gridDim.x - RANKS;
@@ -157,12 +156,15 @@ extern "C" __global__ void __launch_bounds__(1024) stage(World world, Private mi
     }
     __syncthreads();
     __shared__ int total;
-    if (threadIdx.x == 0) {
-        total = 0;
-        for (int l = 0; l < LOCAL; ++l) {
-            place[peer * LOCAL + l] = total;
-            total += count[peer * LOCAL + l];
+    if (threadIdx.x < 32) {
+        int base = 0;
+        for (int from = 0; from < LOCAL; from += 32) {
+            const int l = from + lane_index(), n = l < LOCAL ? count[peer * LOCAL + l] : 0;
+            const int sum = base + scanned(n);
+            if (l < LOCAL) place[peer * LOCAL + l] = sum - n;
+            base = __shfl_sync(~0u, sum, 31);
         }
+        if (threadIdx.x == 0) total = base;
     }
     __syncthreads();
     int* counts = at<int>(world, peer, COUNTS_AT) + world.rank * SLOTS;
@@ -181,7 +183,8 @@ extern "C" __global__ void __launch_bounds__(1024) stage(World world, Private mi
 }
 
 // All C are in: what was asked of me becomes rows of the pool, grouped by slot.
-extern "C" __global__ void __launch_bounds__(MOVERS * 32) pull(World world, Private mine) {
+extern "C" __global__ void __launch_bounds__(MOVERS * 32)
+    pull(const __grid_constant__ World world, const __grid_constant__ Private mine) {
     extern __shared__ __align__(128) u8 rings[];
     __shared__ Tables t;
     __shared__ u32 asked[RANKS];
@@ -249,7 +252,8 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32) pull(World world, Priv
 }
 
 // Each result to its cell at its source; the last block to finish says Y to everyone.
-extern "C" __global__ void __launch_bounds__(MOVERS * 32) push(World world, Private mine) {
+extern "C" __global__ void __launch_bounds__(MOVERS * 32)
+    push(const __grid_constant__ World world, const __grid_constant__ Private mine) {
     extern __shared__ __align__(128) u8 rings[];
     __shared__ Tables t;
     if (faulted(world)) return;
@@ -293,38 +297,17 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32) push(World world, Priv
 }
 
 // All Y are in: the sum over choices, ascending, in fp32; one rounding.  After a fault: NaN.
-extern "C" __global__ void __launch_bounds__(256) reduce(World world, Private mine,
-                                                         const int* slots, const float* weights,
-                                                         const float* shared, u8* out, u32 rows) {
+//
+// Three blocks on an SM: left to itself the assembler takes 32 registers, and a row's loads wait for
+// one another.
+extern "C" __global__ void __launch_bounds__(256, 3)
+    reduce(const __grid_constant__ World world, const __grid_constant__ Private mine,
+           const int* slots, const float* weights, const float* shared, u8* out, u32 rows) {
     __shared__ u32 values[RANKS];
     const bool good = !faulted(world) && words_came(world, mine, WORD_Y, round_now(world), values);
-    constexpr int quads = HIDDEN / 8;
-    const u64 all = (u64)rows * quads, step = (u64)gridDim.x * blockDim.x;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
-        const u32 row = i / quads, quad = i % quads;
-        float sum[8] = {};
-        const u8* cells = at<u8>(world, world.rank, RESULTS_AT) + (u64)row * CHOICES * RESULT;
-        for (int k = 0; k < CHOICES; ++k) {
-            const int slot = slots[row * CHOICES + k];
-            if (slot < 0 || slot >= SLOTS) continue;  // that cell holds an older round's bits
-            const float w = WEIGHT_IN_FC2 ? 1.0f : weights[row * CHOICES + k];
-            const Quad q = *reinterpret_cast<const Quad*>(cells + k * RESULT + quad * 16);
-            const u32 pairs[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                // Two roundings, as the host does: no fused multiply-add.
-                sum[2 * p] = __fadd_rn(sum[2 * p], __fmul_rn(w, bf16_low(pairs[p])));
-                sum[2 * p + 1] = __fadd_rn(sum[2 * p + 1], __fmul_rn(w, bf16_high(pairs[p])));
-            }
-        }
-        if (shared)
-            for (int e = 0; e < 8; ++e) sum[e] += shared[(u64)row * HIDDEN + quad * 8 + e];
-        if (!good)
-            for (int e = 0; e < 8; ++e) sum[e] = __int_as_float(0x7fffffff);
-        const Quad packed = {pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
-                             pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7])};
-        store_global(out + ((u64)row * quads + quad) * 16, packed);
-    }
+    const Choices choices{slots, nullptr, SLOTS, 0};
+    reduce_rows(world, choices, weights, shared, out, rows, good,
+                blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
