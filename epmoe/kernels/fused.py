@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epmoe.comm.layout import HEAD, Layout, record
 from epmoe.config import MoEConfig
+from epmoe.errors import EpmoeError
 from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.cuda import laid_out, raw_stream
 from epmoe.kernels.gemm import THREADS, processors_of, tensor_map
@@ -76,6 +77,11 @@ class FusedOps:
         self.config, self._words = config, words
         self._cuts = cuts(config, words.ranks) if cut is None else (cut,)
         self.grid = processors_of(torch.cuda.current_device()) // 2 * 2
+        pulling = max(pullers or pullers_of(one) for one in self._cuts)
+        if self.grid <= pulling:
+            raise EpmoeError(
+                f"a round in one launch needs more than {pulling} processors, this GPU has {self.grid}"
+            )
         pools = {} if pools is None else pools
 
         def cuda(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,7 @@
 //
 // A tile is 128 rows x 256 columns; each warpgroup has 64 of the rows and keeps 64 x 256 sums in
 // registers.  A stage holds 64 of the K: 16 KiB of rows and 32 KiB of weights.  (With -D WIDE=128 it
-// is half as wide: for so few tiles that half of the SMs would have none.  Where a function has
-// `columns`, they may be half of TILE_N: FC2 of a round, if it alone has few.)  The two CTAs of a
+// is half as wide: for so few tiles that half of the SMs would have none.)  The two CTAs of a
 // cluster share either the weights or the rows of their tiles: each loads half of what is shared
 // and multicasts it, so that a CTA takes 32 or 40 KiB a stage from L2 instead of 48 (without this
 // the loop asks L2 for 48 B a cycle and SM, which it cannot give).

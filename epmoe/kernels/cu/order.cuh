@@ -1,9 +1,10 @@
 // Who takes the next tile: by a fixed stride, or by a counter that all clusters share.
 //
-// The counter hands ids out in ascending order, so a tile only ever waits for tiles that a running
-// CTA already holds.  Both give the same bits, because no result depends on who computes it.  The
-// warp that feeds the ring of the first CTA fetches an id and hands it to every role of its
-// cluster, two ids ahead, so that the fetch is off the path.
+// The counter hands ids out in ascending order, so a tile only ever waits for tiles that a CTA holds, or
+// takes before it waits for anything: all CTAs run, and none waits before its first tile.  Both give the
+// same bits, because no result depends on who computes it.  The warp that feeds the ring of the first
+// CTA fetches an id and hands it to every role of its cluster, two ids ahead, so that the fetch is off
+// the path.
 #pragma once
 #include "ptx.cuh"
 

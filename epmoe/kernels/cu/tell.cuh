@@ -23,7 +23,7 @@ struct Telling {
     u32 count[2][LOCAL];   // choices of each slot: others, and those that rows are pulled for
     u32 begin[2][LOCAL];   // where this part's entries of either kind begin in a slot's list
     u32 first[LOCAL + 1];  // where a slot's list begins; last: the end of all
-    u32 sound;             // no fault so far: one answer for the warpgroup, whose barriers depend on it
+    u32 sound;             // no fault so far: one answer for all who tell, whose barriers depend on it
     u16 slot[PART];        // of each cell: the peer's slot that it names
     u16 nth[PART];         // and which of the choices of its kind of that slot it is in this part
 };

@@ -9,6 +9,9 @@
 
 constexpr int BLOCK = 128;  // a slot's rows begin at a multiple of it (tiles.cuh)
 
+// All threads of a block, one answer: the host may set the fault while they look (a layer that closes).
+inline bool any_faulted(const World& world) { return __syncthreads_or(faulted(world)); }
+
 // What a rank keeps of a round for itself, in its own memory.
 struct Private {
     int* counts;      // [RANKS, LOCAL] rows of each source for each of my slots
@@ -30,8 +33,7 @@ struct Private {
 struct Tables {
     int first[RANKS][LOCAL + 1];  // list entries of a source before each slot; the last is the sum
     int row[RANKS][LOCAL];        // a slot's rows of the sources before this one
-    int rows[LOCAL];              // all of a slot's
-    int begin[LOCAL];             // where they begin in the pool
+    int begin[LOCAL];             // where a slot's rows begin in the pool
 };
 
 // From counts[r][l] in t.first[r][l + 1]; all threads of the block.
@@ -42,7 +44,7 @@ inline void make_tables(Tables& t) {
             t.row[r][l] = sum;
             sum += t.first[r][l + 1];
         }
-        t.rows[l] = sum;
+        t.begin[l] = sum;  // how many, so far
     }
     __syncthreads();
     for (u32 job = threadIdx.x / 32; job <= RANKS; job += blockDim.x / 32) {  // a list, or the pool
@@ -50,7 +52,7 @@ inline void make_tables(Tables& t) {
         for (int from = 0; from < LOCAL; from += 32) {
             const int l = from + lane_index();
             int n = 0;
-            if (l < LOCAL) n = job < RANKS ? t.first[job][l + 1] : (t.rows[l] + BLOCK - 1) / BLOCK * BLOCK;
+            if (l < LOCAL) n = job < RANKS ? t.first[job][l + 1] : (t.begin[l] + BLOCK - 1) / BLOCK * BLOCK;
             const int sum = base + scanned(n);
             if (l < LOCAL) {
                 if (job < RANKS) t.first[job][l + 1] = sum;
@@ -88,8 +90,8 @@ inline int longest(const Tables& t) {
 }
 
 // All threads of a block: every rank's word of this round.  Block 0 polls the words, the host's
-// page-locked memory among them; the others sleep and look at what it has seen.  When all 528 blocks
-// of reduce polled, a wait longer than 64 turns cost 560 to 600 us, whatever was waited for.
+// page-locked memory among them; the others sleep and look at what it has seen.  When all blocks of
+// reduce polled (528 then), a wait longer than 64 turns cost 560 to 600 us, whatever was waited for.
 inline bool words_came(const World& world, const Private& mine, u32 kind, u32 round, u32* values) {
     const u32 target = 2 * round + kind;
     if (blockIdx.x == 0) {
@@ -110,7 +112,7 @@ inline bool words_came(const World& world, const Private& mine, u32 kind, u32 ro
             const u64 waited = global_nanoseconds() - started;
             came = !faulted(world);
             if (came && waited > 2 * limit)  // twice: block 0 gives up first and says why
-                came = fail(world, STOPPED, world.rank, kind, round, *mine.came, waited);
+                came = fail(world, STOPPED, world.rank, 3, round, *mine.came, waited);
         }
     }
     if (!__syncthreads_and(came)) return false;
@@ -127,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     stage(const __grid_constant__ World world, const __grid_constant__ Private mine, const u8* x,
           const int* slots, const float* weights, u32 rows, const __grid_constant__ Head head) {
     __shared__ int count[SLOTS], place[SLOTS];
-    if (faulted(world)) return;
+    if (any_faulted(world)) return;
     const u32 round = round_now(world), copiers = gridDim.x - RANKS;
     if (blockIdx.x >= RANKS) {
         const u32 block = blockIdx.x - RANKS, threads = copiers * blockDim.x;
@@ -188,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32)
     extern __shared__ __align__(128) u8 rings[];
     __shared__ Tables t;
     __shared__ u32 asked[RANKS];
-    if (faulted(world)) return;
+    if (any_faulted(world)) return;
     const u32 round = round_now(world);
     if (!words_came(world, mine, WORD_C, round, asked)) return;
     for (int i = threadIdx.x; i < SLOTS; i += blockDim.x) {
@@ -198,8 +200,7 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32)
         if (blockIdx.x == 0) mine.counts[i] = n;
         if (n < 0 || n > (int)CELLS) fail(world, CORRUPT, r, WORD_C, round, (u64)n, 0);
     }
-    __syncthreads();
-    if (faulted(world)) return;
+    if (any_faulted(world)) return;
     if (blockIdx.x == 0) {
         const long long* heads = at<long long>(world, world.rank, HEADS_AT);
         for (int i = threadIdx.x; i < RANKS * HEAD; i += blockDim.x)
@@ -225,8 +226,7 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32)
         for (int r = 0; r < RANKS; ++r) all += t.first[r][LOCAL];
         if (all > mine.pool) fail(world, CORRUPT, world.rank, WORD_C, round, all, 0);
     }
-    __syncthreads();
-    if (faulted(world)) return;
+    if (any_faulted(world)) return;
     fence_async_global();
     if (lane_index()) return;
     const u32 warp = threadIdx.x / 32;
@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(MOVERS * 32)
     push(const __grid_constant__ World world, const __grid_constant__ Private mine) {
     extern __shared__ __align__(128) u8 rings[];
     __shared__ Tables t;
-    if (faulted(world)) return;
+    if (any_faulted(world)) return;
     const u32 round = round_now(world);
     // Not from the mailbox: after somebody's Y it may hold the next round.
     for (int i = threadIdx.x; i < SLOTS; i += blockDim.x)
@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(256, 3)
     reduce(const __grid_constant__ World world, const __grid_constant__ Private mine,
            const int* slots, const float* weights, const float* shared, u8* out, u32 rows) {
     __shared__ u32 values[RANKS];
-    const bool good = !faulted(world) && words_came(world, mine, WORD_Y, round_now(world), values);
+    const bool good = !any_faulted(world) && words_came(world, mine, WORD_Y, round_now(world), values);
     const Choices choices{slots, nullptr, SLOTS, 0};
     reduce_rows(world, choices, weights, shared, out, rows, good,
                 blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
