@@ -80,7 +80,8 @@ class FusedOps:
         pulling = max(pullers or pullers_of(one) for one in self._cuts)
         if self.grid <= pulling:
             raise EpmoeError(
-                f"a round in one launch needs more than {pulling} processors, this GPU has {self.grid}"
+                f"a round in one launch needs more than {pulling} processors, "
+                f"this GPU has {self.grid}"
             )
         pools = {} if pools is None else pools
 

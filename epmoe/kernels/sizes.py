@@ -143,7 +143,7 @@ def lag(grid: int, pullers: int, cut: Cut) -> int:
 
 
 def parts(grid: int, ranks: int) -> int:
-    """CTAs that tell one peer what this rank asks of it, each a part of the rows, if they are many."""
+    """CTAs that tell one peer what this rank asks of it, each a part of the rows if many."""
     return max(1, min(16, grid // ranks))
 
 
