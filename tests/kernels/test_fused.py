@@ -1,15 +1,18 @@
 """The fused round compiles for every shape without a GPU; tests/gpu says what it computes."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("cuda.core")
 from cuda.bindings import nvrtc
 
-from epmoe import MoEConfig
+from epmoe import EpmoeError, MoEConfig
 from epmoe.comm.layout import layout
-from epmoe.kernels.fused import compiled
+from epmoe.kernels import fused
+from epmoe.kernels.fused import FusedOps, compiled
 from epmoe.kernels.sizes import (
     FEW,
     MANY,
@@ -134,3 +137,10 @@ def test_the_ring_holds_what_must_be_under_way():
     assert ring_blocks(some, 8, 132, 8, (MANY,)) == 16 + 32 + 1 + 16
     small = config("dsv3", max_rows=1)
     assert ring_blocks(small, 8, 132, 8, (MANY,)) == most_blocks(small, 8) == 33
+
+
+def test_a_gpu_whose_processors_would_all_pull_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(fused, "processors_of", lambda device: 25)
+    with pytest.raises(EpmoeError, match="more than 24 processors, this GPU has 24"):
+        FusedOps(config("qwen3-30b"), None, layer=0, lane=0, words=SimpleNamespace(ranks=2))
