@@ -75,16 +75,8 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
             const NarrowTile n{hand.slot, hand.column, hand.row, hand.rows};
             const int steps = ((hand.gemm ? INNER : HIDDEN) + NARROW_K - 1) / NARROW_K;
             feed(ring, hand.gemm ? maps.few_mid : maps.few_rows,
-                 hand.gemm ? maps.many_mid : maps.many_rows, hand.gemm ? maps.w2 : maps.w1, n,
-                 steps,
-                 [&] {
-                     laps.lap(FEED);
-                     await_inputs(world, mine, epoch, hand);
-                     laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
-                 },
-                 [&](int left) {
-                     if (left == min(ASK, steps)) hands.ask();
-                 });
+                 hand.gemm ? maps.many_mid : maps.many_rows, hand.gemm ? maps.w2 : maps.w1, n, steps,
+                 Feeding{world, mine, hands, hand, laps, epoch, steps});
             laps.lap(FEED);
         }
         __syncwarp();

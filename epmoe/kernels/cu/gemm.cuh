@@ -59,12 +59,18 @@ inline void ring_init(u32 base) {
     bar_init_done();
 }
 
+// What somebody who feeds a tile has to see to: `await` returns when its rows may be read, `passes` is told
+// before each stage how many are left, this one included.  A GEMM alone has nothing to do.
+struct Unhurried {
+    inline void await() const {}
+    inline void passes(int) const {}
+};
+
 // Feeds one tile of `steps` stages, of whose rows `live` are any: the half of a warpgroup that has none
-// stays where it is.  One thread.  Weights of as many stages as are free go first; `await` returns when
-// the rows may be read.  `passes(left)` is told before each stage how many are left, this one included.
-template <bool same_rows, typename Await, typename Passes>
+// stays where it is.  One thread.  Weights of as many stages as are free go first.
+template <bool same_rows, typename Duties>
 inline void feed_as(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
-                    int live, u32 rank, int steps, Await await, Passes passes) {
+                    int live, u32 rank, int steps, Duties duties) {
     constexpr u32 half_rows = ROW_BYTES / 2, half_weights = TILE_N / 2 * TILE_K * 2;
     const int row = tile.block * BLOCK, column = tile.column * TILE_N;
     const u32 halves = live > BLOCK / 2 ? 2 : 1;
@@ -99,16 +105,16 @@ inline void feed_as(Ring& ring, const TensorMap& rows, const TensorMap& weights,
         begin(ahead);
         send_weights(ahead, sent++ * TILE_K);
     }
-    await();
+    duties.await();
 #pragma unroll 1
     for (; k < sent; ++k, ring.next()) {
-        passes(steps - k);
+        duties.passes(steps - k);
         send_rows(ring, k * TILE_K);
     }
     // This loop is the pace of tiles of 128 columns, down to its branches.
 #pragma unroll 1
     for (; k < steps; ++k, ring.next()) {
-        passes(steps - k);
+        duties.passes(steps - k);
         bar_wait(ring.empty(), ring.phase() ^ 1);
         begin(ring);
         send_rows(ring, k * TILE_K);
@@ -116,13 +122,11 @@ inline void feed_as(Ring& ring, const TensorMap& rows, const TensorMap& weights,
     }
 }
 
-template <typename Await, typename Passes>
+template <typename Duties>
 inline void feed(Ring& ring, const TensorMap& rows, const TensorMap& weights, const Tile& tile,
-                 int live, u32 rank, int steps, Await await, Passes passes) {
-    if (tile.same_rows)
-        feed_as<true>(ring, rows, weights, tile, live, rank, steps, await, passes);
-    else
-        feed_as<false>(ring, rows, weights, tile, live, rank, steps, await, passes);
+                 int live, u32 rank, int steps, Duties duties) {
+    if (tile.same_rows) feed_as<true>(ring, rows, weights, tile, live, rank, steps, duties);
+    else feed_as<false>(ring, rows, weights, tile, live, rank, steps, duties);
 }
 
 // A warp gives a stage back to both CTAs: either may have multicast into it.

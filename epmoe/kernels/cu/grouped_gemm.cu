@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const Tile tile = wide_tile<SLOTS, COLUMNS>(before, t, rank);
             const int live = counts[tile.slot] - (tile.block - before[tile.slot]) * BLOCK;
             if (!tile.none && elected())
-                feed(ring, rows, weights, tile, live, rank, K_STEPS, [] {}, [](int) {});
+                feed(ring, rows, weights, tile, live, rank, K_STEPS, Unhurried());
             __syncwarp();
         }
         if (feeds && rank == 0 && lane_index() == 0) order.finish();
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_down<FEED_REGISTERS>();
         for (u32 t; feeds && (t = order.next(true)) < tiles;) {
             const NarrowTile n = narrow_tile<SLOTS, TILES>(chunks, blocks, counts, t);
-            if (elected()) feed(ring, few, many, weights, n, K_STEPS, [] {}, [](int) {});
+            if (elected()) feed(ring, few, many, weights, n, K_STEPS, Unhurried());
             __syncwarp();
         }
         if (feeds && lane_index() == 0) order.finish();

@@ -84,9 +84,25 @@ inline void hands_init(u32 base) {
     }
 }
 
-// The feeding warp waits for what a tile reads; after a fault it goes on, and what it reads is void.
-inline void await_inputs(const World& world, const Private& mine, u32 epoch, const Hand& hand) {
-    const u32 target = hand.gemm ? tiles_of(0, hand.due) : hand.due;
-    await_count(world, progress(mine, epoch, hand.gemm ? HALF : ARRIVED) + hand.block, target);
-    fence_async_global();  // what follows reads with the copy engine
-}
+// What the feeding warp does in a tile besides: it waits for what the tile reads (after a fault it goes on,
+// and what it reads is void), and asks for the next one in time.
+struct Feeding {
+    const World& world;
+    const Private& mine;
+    const Hands& hands;
+    const Hand& hand;
+    Laps& laps;
+    u32 epoch;
+    int steps;
+
+    inline void await() const {
+        laps.lap(FEED);
+        const u32 target = hand.gemm ? tiles_of(0, hand.due) : hand.due;
+        await_count(world, progress(mine, epoch, hand.gemm ? HALF : ARRIVED) + hand.block, target);
+        fence_async_global();  // what follows reads with the copy engine
+        laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
+    }
+    inline void passes(int left) const {
+        if (left == min(ASK, steps)) hands.ask();
+    }
+};

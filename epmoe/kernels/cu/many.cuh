@@ -79,16 +79,8 @@ inline void feed_stream(const World& world, const Private& mine, const Maps& map
         if (elected()) {
             const Tile tile{hand.slot, hand.row / BLOCK, hand.column, hand.same_rows, false};
             const int steps = (hand.gemm ? INNER : HIDDEN) / TILE_K;
-            feed(ring, hand.gemm ? maps.mid : maps.rows, hand.gemm ? maps.w2 : maps.w1, tile,
-                         hand.rows, rank, steps,
-                         [&] {
-                             laps.lap(FEED);
-                             await_inputs(world, mine, epoch, hand);
-                             laps.lap(hand.gemm ? WAIT_HALF : WAIT_ROWS);
-                         },
-                         [&](int left) {
-                             if (left == min(ASK, steps)) hands.ask();
-                         });
+            feed(ring, hand.gemm ? maps.mid : maps.rows, hand.gemm ? maps.w2 : maps.w1, tile, hand.rows,
+                 rank, steps, Feeding{world, mine, hands, hand, laps, epoch, steps});
             laps.lap(FEED);
         }
         __syncwarp();

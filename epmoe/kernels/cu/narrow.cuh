@@ -65,12 +65,10 @@ inline NarrowTile narrow_tile(const int* chunks, const int* blocks, const int* c
 }
 
 // Rows are fetched in boxes of 8 (`few`) or 32 (`many`), so that 5 rows do not cost 64.  Weights of
-// as many stages as are free go first; `await` returns when the rows may be read.  `passes(left)` is
-// told before each stage how many are left, this one included.
-template <int tall, typename Await, typename Passes>
+// as many stages as are free go first.  `duties` as in gemm.cuh.
+template <int tall, typename Duties>
 inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many,
-                 const TensorMap& weights, const NarrowTile& n, int steps, Await await,
-                 Passes passes) {
+                 const TensorMap& weights, const NarrowTile& n, int steps, Duties duties) {
     const int wide = n.live <= 8 ? 8 : n.live <= 16 ? 16 : n.live <= 32 ? 32 : 64;
     Narrow<tall> ahead = ring;
     int sent = 0;
@@ -85,9 +83,9 @@ inline void feed(Narrow<tall>& ring, const TensorMap& few, const TensorMap& many
     };
     const int first = min(steps, (int)ring.stages);
     while (sent < first && bar_test(ahead.empty(), ahead.phase ^ 1)) send_weights();
-    await();
+    duties.await();
     for (int k = 0; k < steps; ++k, ring.jump(1)) {
-        passes(steps - k);
+        duties.passes(steps - k);
         if (sent == k) {
             bar_wait(ahead.empty(), ahead.phase ^ 1);
             send_weights();
