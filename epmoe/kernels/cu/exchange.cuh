@@ -29,8 +29,8 @@ struct Private {
 };
 enum Counter { EPOCH, PARTS_IN, STAGED, MOVED, BAD, NEXT };
 // PARTS_IN counts CTAs that have written their part of `parts` (all at once where one CTA tells a peer),
-// STAGED those whose rows and list entries can be read, MOVED those that have pulled and sent all that they will: 0 between launches, as
-// is NEXT, the tiles of a counted order that were fetched (order.cuh).
+// STAGED those whose rows and list entries can be read, MOVED those that have pulled and sent all that
+// they will: 0 between launches, as is NEXT, the tiles of a counted order that were fetched (order.cuh).
 
 // Read anew each time: kept for the whole kernel, these are three registers too many.
 __shared__ u32* volatile counters;
