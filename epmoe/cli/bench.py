@@ -28,9 +28,10 @@ round, in an order that rotates.  Before each turn all ranks meet; then each ran
 the median over the rounds.  Before the first round the results of epmoe and of gloo are compared
 with torch.equal.  The first tenth of the rounds warms up and is not counted.
 
-With --heap cuda or nvshmem, on GPUs: dispatch (stage, pull) and combine (push, reduce) alone,
-beside NCCL's all_to_all_single of the same rows, sorted and counted before the clock starts and
-without the weighted sum.  `epmoe bench layer --help` says how GPUs are timed."""
+With --heap cuda or nvshmem, on GPUs: dispatch and combine alone, a launch each, ids in and sums
+out, beside NCCL's all_to_all_single of the same rows, sorted and counted before the clock starts
+and without the weighted sum.  Our dispatch sends a row once to each rank that wants it, NCCL once a
+choice; GB/s are of the bytes that each sends.  `epmoe bench layer --help` says how GPUs are timed."""
 
 
 def add(subparsers: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epmoe.comm.layout import HEAD, Layout, record
+from epmoe.comm.layout import HEAD, Layout, Region, record
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.kernels.compile import compile_kernel
@@ -156,10 +156,7 @@ class FusedOps:
         b1, b2 = self._weights[2:]
         call = CALL.pack(
             x.data_ptr(),
-            ids.data_ptr(),
-            0 if table is None else table.data_ptr(),
-            self.config.places if table is None else self.config.experts,
-            ids.dtype == torch.int64,
+            *chosen(self.config, ids, table),
             weights.data_ptr(),
             0 if shared is None else shared.data_ptr(),
             out.data_ptr(),
@@ -196,7 +193,29 @@ def compiled(
     """The kernel for this layer's shapes and offsets; needs no GPU."""
     ring = ring_blocks(config, ranks, grid, pullers, among or cuts(config, ranks))
     at, pullers = placed.lanes[lane][layer], pullers or pullers_of(cut)
-    defines: dict[str, int | str] = {
+    blocks = most_blocks(config, ranks)
+    defines = round_constants(config, ranks, at, blocks=blocks, ring=ring, grid=grid) | {
+        "COUNTED": int(counted),
+        "TRACE": int(trace),
+        "PULLERS": pullers,
+        "LAG": lag(grid, pullers, cut),
+        "TALL": cut.columns if cut.tall else 0,
+        "WIDE": cut.columns if not cut.tall else MANY.columns,
+    }
+    return compile_kernel("round.cu", "fused_round", defines)
+
+
+def round_constants(
+    config: MoEConfig,
+    ranks: int,
+    at: Mapping[str, Region],
+    *,
+    blocks: int,
+    ring: int,
+    grid: int,
+) -> dict[str, int | str]:
+    """What cu/exchange.cuh and cu/tell.cuh are compiled with."""
+    constants: dict[str, int | str] = {
         "RANKS": ranks,
         "LOCAL": config.slots_per_rank(ranks),
         "CHOICES": config.choices,
@@ -207,16 +226,15 @@ def compiled(
         "WEIGHT_IN_FC2": int(config.weight_in == "fc2"),
         "ACT": config.activation.upper(),
         "BIAS": int(config.bias),
-        "COUNTED": int(counted),
-        "TRACE": int(trace),
-        "PULLERS": pullers,
-        "LAG": lag(grid, pullers, cut),
-        "TALL": cut.columns if cut.tall else 0,
-        "WIDE": cut.columns if not cut.tall else MANY.columns,
-        "BLOCKS": f"{most_blocks(config, ranks)}u",
+        "BLOCKS": f"{blocks}u",
         "RING": f"{ring}u",
         "PARTS": f"{parts(grid, ranks)}u",
     }
-    for name, region in at.items():
-        defines[f"{name.upper()}_AT"] = f"{region.at}ull"
-    return compile_kernel("round.cu", "fused_round", defines)
+    return constants | {f"{name.upper()}_AT": f"{region.at}ull" for name, region in at.items()}
+
+
+def chosen(config: MoEConfig, ids: Tensor, table: Tensor | None) -> tuple[int, int, int, int]:
+    """The fields of cu/choices.cuh; ``ids`` and ``table`` as in ``FusedOps.round``."""
+    known = config.places if table is None else config.experts
+    address = 0 if table is None else table.data_ptr()
+    return ids.data_ptr(), address, known, int(ids.dtype == torch.int64)

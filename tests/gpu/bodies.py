@@ -19,9 +19,11 @@ from dataclasses import replace
 
 import torch
 from hog import Hog
+from there_and_back import there_and_back
 
 from epmoe import ForwardContext, Group, MoE, MoEConfig, PeerLost, reference_moe
 from epmoe.comm import open_heap
+from epmoe.kernels.transport import Transport
 from epmoe.sched.chunks import plan_chunks
 
 MARK = "@@"  # of a line that is a finding
@@ -276,6 +278,36 @@ def refused(group, kind):
         want = oracle(config, weights, [nobody, *batch_R[1:]])[group.rank]
         met(group)
     return error(y, want)
+
+
+def apart(group, kind):
+    """Dispatch and combine alone, an exact function of row and slot between them; forwards too."""
+    found = []
+    for fields in ({}, {"weight_in": "fc2", "hidden": 2880, "choices": 6, "max_rows": 400}):
+        config = replace(SMALL, heap=kind, **fields)
+        moe, _ = loaded(config, group)
+        with moe:
+            runtime = moe._runtime
+            alone = Transport(config, runtime.placed, layer=0, lane=0, words=runtime.lanes[0].words)
+            rng, right, before = random.Random(11), 0, None
+            for seed, traffic in enumerate(["any", "one", "masked", "none", "any", "masked"]):
+                most = config.max_rows
+                rows_R = [rng.choice([0, 1, most // 2, most]) for _ in range(group.size)]
+                batch_R = batches(config, rows_R, seed, traffic)
+                x, ids, weights = (t.cuda() for t in batch_R[group.rank])
+                ids = ids if seed % 2 else ids.int()
+                if group.rank == seed % group.size:
+                    torch.cuda._sleep(2_000_000)
+                asked = torch.cat([ids.flatten() for _, ids, _ in batch_R])
+                right += there_and_back(alone, x, ids, weights, asked, group.rank)
+                same = batches(config, [most] * group.size, 99)[group.rank]
+                after = moe(*(t.cuda() for t in same))
+                right += before is None or torch.equal(before, after)
+                before = after
+            moe.check()
+            met(group)
+        found.append([right, alone.bad()])
+    return found
 
 
 def bad_ids(group, kind):

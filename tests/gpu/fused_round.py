@@ -1,4 +1,4 @@
-"""The fused round against the split verbs, bit for bit, and their times, on one GPU:
+"""The fused round against the split verbs, bit for bit, and their times, on one GPU; its two ends alone:
 
 python tests/gpu/fused_round.py [--time | --quick | --tiny]
 
@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from there_and_back import there_and_back
 
 from epmoe import MoEConfig
 from epmoe.comm.layout import layout
@@ -27,6 +28,7 @@ from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
 from epmoe.kernels.sizes import FEW, MANY, SOME, cut_of, parts
+from epmoe.kernels.transport import Transport
 
 HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
 
@@ -96,12 +98,12 @@ def opened(config, limit_s=4.0, **how):
     return words, split, fused, weights
 
 
-def grown(fused, launches):
+def grown(ops, launches):
     """Counters as after that many launches: a layer that serves for weeks counts past 2**32."""
-    tellers = parts(fused.grid, 1)
-    for which, each in ((0, 1), (1, tellers), (2, fused.grid)):  # cu/exchange.cuh Counter
+    tellers = parts(ops.grid, 1)
+    for which, each in ((0, 1), (1, tellers), (2, ops.grid)):  # cu/exchange.cuh Counter
         value = launches * each % 2**32
-        fused._numbers[which] = value - 2**32 if value >= 2**31 else value
+        ops._numbers[which] = value - 2**32 if value >= 2**31 else value
 
 
 def check(config, rounds, *, launches=0, **how):
@@ -131,6 +133,22 @@ def check(config, rounds, *, launches=0, **how):
     )
     say("wrong" if wrong else "right", what, how, f"{rounds} rounds", launches, wrong[:3])
     return not wrong
+
+
+def check_alone(config, rounds, launches=0):
+    """Dispatch and combine, a launch each."""
+    words = Alone(layout([config], 1).total, 300.0)
+    alone = Transport(config, layout([config], 1), layer=0, lane=0, words=words)
+    grown(alone, launches)
+    rng, right = random.Random(2), 0
+    for i in range(rounds):
+        rows = [config.max_rows, 0, 1, rng.randrange(1, config.max_rows)][i % 4]
+        x, ids, w = batch(config, rows, rng.choice(["any", "one", "masked"]))
+        right += there_and_back(alone, x, ids, w, ids, 0)
+    good = right == rounds and not any(words.said())
+    how = f"K{config.choices} H{config.hidden} {config.weight_in}"
+    say("right" if good else "wrong", "alone", how, f"{right} of {rounds} rounds", launches)
+    return good
 
 
 def timed(variants, rounds=11):
@@ -222,7 +240,14 @@ def main():
         for job in [pool.submit(build, config, how) for config, _, how in todo]:
             job.result()
     found: list[dict] = []
-    good = all(check(config, rounds, **how) for config, rounds, how in todo)
+    good = all([check(config, rounds, **how) for config, rounds, how in todo])
+    # Rows so long that a carrier takes one at a time: synccheck tracks so many barriers and no more.
+    wide = MoEConfig(experts=8, choices=3, hidden=7168, inner=64, max_rows=40, heap="cuda")
+    good &= check_alone(wide, 2)
+    if not asked.tiny:
+        good &= check_alone(wide, 8, launches=2**32 // 132 - 3)
+        narrow = replace(wide, hidden=320, max_rows=900, choices=8, experts=16)
+        good &= check_alone(replace(narrow, weight_in="fc2"), 8, launches=2**31 - 3)
     if asked.time and good:
         for rows in (16, 128, 512, 2048):
             found.append(times("dsv3", 7168, 2048, 32, 8, rows))

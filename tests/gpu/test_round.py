@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 MARK = "@@"  # bodies.py
 ALL = (
     *("heap", "too_large", "answers", "chunks", "graphs", "two_layers", "refused", "bad_ids"),
-    *("bits", "delays", "hogged"),
+    *("bits", "delays", "hogged", "apart"),
 )
 CLOSE = 6e-3  # relative error of bf16 rounding at four places against the oracle's, measured 3e-3
 
@@ -124,6 +124,13 @@ def test_a_refused_batch_costs_the_others_nothing(heap, ranks):
     assert "rank 0" in said
     assert "x" in said
     assert max(errors, default=0.0) < CLOSE
+
+
+@both_heaps
+@ranks_1_2_4
+def test_dispatch_and_combine_alone_move_every_row_between_forwards(heap, ranks):
+    for one in found(heap, ranks, "apart"):
+        assert one == [[12, 0], [12, 0]]
 
 
 @both_heaps

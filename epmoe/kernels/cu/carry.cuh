@@ -4,18 +4,6 @@
 #pragma once
 #include "exchange.cuh"
 
-// The slot l >= from with before[l] <= n < before[l + 1]; there is one.
-inline int at_or_after(const int* before, int from, u32 n) {
-    if (n < (u32)before[from + 1]) return from;
-    int low = from + 1, high = LOCAL;  // before[low] <= n < before[high]
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if ((u32)before[middle] <= n) low = middle;
-        else high = middle;
-    }
-    return low;
-}
-
 // LANES lanes of a carrying warp see to a row: it comes in in pieces of up to 7 KiB, one lane to a piece,
 // and is written for its choices on this rank, one lane to a choice.  Two batches of rows are under
 // way: one comes in while the one before it is written and the jobs of the next are looked up.  One
@@ -52,7 +40,7 @@ struct Carrier {
     bool broken = false;
     // Which row is next, and where it goes if it is pulled for one choice.
     bool aimed = false;
-    u32 entry = NOWHERE, source_rank = 0, row = NOWHERE;
+    u32 entry = NOWHERE, source_rank = 0, cell = NOWHERE, row = NOWHERE;
     // The job of this lane: a row to read, if there is one, and where to write it, if anywhere.
     u64 from = 0, to = 0;
     u32* done = nullptr;  // counts the row when it has landed
@@ -137,31 +125,38 @@ struct Carrier {
         return __all_sync(~0u, good);
     }
 
+    // Which row comes next; `place` says where it goes, while it is on its way.
     inline void take() {
+        bool bad = false;
+        if (entry != NOWHERE) {
+            cell = at<u32>(world, world.rank, LISTS_AT)[(u64)source_rank * CELLS + entry];
+            bad = cell >= CELLS;
+            if (bad) fail(world, CORRUPT, source_rank, WORD_C, round, cell, 0);
+            else from = world.slab[source_rank] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
+        }
+        if (turn != NOWHERE) turn += step;
+        aimed = false;
+        broken = __any_sync(~0u, bad);
+    }
+
+    inline void place() {
         const u32 mate = lane_index() % LANES;
         bool bad = false;
         to = 0;
         done = nullptr;
-        if (entry != NOWHERE) {
-            const u64 told = (u64)source_rank * CELLS;
-            u32 cell = at<u32>(world, world.rank, LISTS_AT)[told + entry];
-            bad = cell >= CELLS;
-            if (!bad) {
-                from = world.slab[source_rank] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
-                if (together) {
-                    row = NOWHERE;
-                    cell += mate - cell % CHOICES;
-                    if (mate < CHOICES)
-                        bad = !find_place(at<u32>(world, world.rank, SIBLINGS_AT)[told + cell]);
-                } else if (mate) {
-                    row = NOWHERE;
-                }
+        if (from) {
+            if (together) {
+                row = NOWHERE;
+                cell += mate - cell % CHOICES;
+                if (mate < CHOICES)
+                    bad = !find_place(
+                        at<u32>(world, world.rank, SIBLINGS_AT)[(u64)source_rank * CELLS + cell]);
+            } else if (mate) {
+                row = NOWHERE;
             }
             if (bad) fail(world, CORRUPT, source_rank, WORD_C, round, cell, 0);
             else if (row != NOWHERE) send_to(row, cell);
         }
-        if (turn != NOWHERE) turn += step;
-        aimed = false;
         broken = __any_sync(~0u, bad);
     }
 
@@ -242,6 +237,7 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
                       bytes, bar + turn * 8);
         __syncwarp();
         laps.lap(LOAD);
+        c.place();
         write();
         bulk_wait<1>();
         count(written);

@@ -88,6 +88,18 @@ constexpr u32 NOT_THEIRS = ~0u;  // of another rank, or none
 inline u32 sibling_of(u32 slot, u32 entry) { return slot << 19 | entry; }
 static_assert(CELLS <= 1 << 19 && LOCAL < 1 << 13, "19 bits for a sibling's entry, 13 for its slot");
 
+// The slot l >= from with before[l] <= n < before[l + 1]; there is one.
+inline int at_or_after(const int* before, int from, u32 n) {
+    if (n < (u32)before[from + 1]) return from;
+    int low = from + 1, high = LOCAL;  // before[low] <= n < before[high]
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if ((u32)before[middle] <= n) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 // What a CTA that pulls knows of the round, in shared memory.
 struct Tables {
     int count[RANKS][LOCAL];

@@ -12,7 +12,8 @@
 #else
 #include "few.cuh"
 #endif
-#include "carry.cuh"
+#include "finish.cuh"
+#include "pull.cuh"
 #include "reduce.cuh"
 #include "tell.cuh"
 
@@ -22,8 +23,6 @@ constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
 constexpr u32 MOST_SHARED = 231296;  // what a CTA may have, less 1024 of the static word
 constexpr u32 LIVE_WORDS = live_words(LOCAL, UNIT < BLOCK);
 constexpr bool LIVE_SHARED = LIVE_AT + 4 * LIVE_WORDS <= MOST_SHARED;
-// A CTA that pulls has its buffers and tables where the ring will be.
-constexpr u32 TABLES_AT = (CARRY_SHARED + 127) / 128 * 128;
 static_assert(TABLES_AT + sizeof(Tables) <= RING_END, "the tables of the carriers do not fit");
 static_assert(LIVE_AT <= MOST_SHARED, "the ring and the hands do not fit");
 
@@ -38,50 +37,6 @@ inline int rows_of(const World& world, int l) {
     int sum = 0;
     for (int r = 0; r < RANKS; ++r) sum += counts[r * SLOTS];
     return sum;
-}
-
-// One thread of the first CTA, when it has seen Y: all CTAs have counted themselves MOVED, so none of them
-// looks at a counter or at the round's number again.  (After a fault some may; then nothing counts.)
-inline void open_next(const World& world, bool good) {
-    *counter(NEXT) = 0;
-    *counter(EPOCH) += 1;
-    if (good) *reinterpret_cast<u64*>(world.round) += 1;
-}
-
-// One thread of a CTA that has pulled and sent all that it will: what it sent has arrived.  The last
-// one says so by Y, the promise to read no mailbox and no row of this round any more, and to write no
-// result.
-inline void end_moves(const World& world, u32 round) {
-    __threadfence();
-    if (atomicAdd(counter(MOVED), 1) + 1 != gridDim.x) return;
-    *counter(MOVED) = 0;  // begins anew in every launch, so it cannot wrap
-    if (!faulted(world)) publish_all(world, WORD_Y, round);
-}
-
-// All threads of a CTA that pulls.
-inline void pull_rows(const World& world, const Private& mine, u32 base, u8* shared, u32 epoch,
-                      u32 round, Laps& laps) {
-    Tables& t = *reinterpret_cast<Tables*>(shared + TABLES_AT);
-#pragma unroll 1
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < PROGRESS * BLOCKS; i += PULLERS * blockDim.x)
-        progress(mine, epoch + 1, ARRIVED)[i] = 0;
-    bool good = make_tables(world, t, round);
-    if (good && (u32)t.block[LOCAL] > BLOCKS)
-        good = fail(world, CORRUPT, world.rank, WORD_C, round, t.block[LOCAL], 0);
-    __syncthreads();
-    laps.lap(TABLES);
-    const u32 warp = threadIdx.x / 32;
-    if (good && warp < CARRIERS) {
-        Laps laps(mine.trace, warp ? LAST_CARRIER : FIRST_CARRIER,
-                  lane_index() == 0 && (warp == 0 || warp == CARRIERS - 1));
-        Carrier carrier(world, mine, t, epoch, round, warp * PULLERS + blockIdx.x, PULLERS * CARRIERS);
-        carry(carrier, base, warp, laps);
-    } else if (good && blockIdx.x == 0) {
-        check_heads(world, mine, round, threadIdx.x - CARRIERS * 32, blockDim.x - CARRIERS * 32);
-    }
-    fence_async();   // what was written here by hand is written by the copy engine next
-    cluster_sync();  // and by that of the other CTA
-    laps.lap(PULL);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -101,10 +56,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     laps.lap(TELL);
     const bool good = __syncthreads_and(warp || await_words(world, WORD_C, this_round));
     laps.lap(WAIT_C);
-    if (good && blockIdx.x < PULLERS)
-        pull_rows(world, mine, base, shared, this_epoch, this_round, laps);
-    else
+    if (good && blockIdx.x < PULLERS) {
+        pull_rows(world, mine, base, shared, this_epoch, this_round, PULLERS, laps);
+        cluster_sync();  // the copy engine of the other CTA writes here too
+        laps.lap(PULL);
+    } else {
         cluster_sync();  // barriers are made; whoever pulls needs them later
+    }
     if (warp == 0) {
         const Live live = live_of(mine, shared);
         if (good) find_live<LOCAL, UNIT>(live, [&](int l) { return max(rows_of(world, l), 0); });

@@ -228,10 +228,15 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
     }
     if (threadIdx.x == 0) this_epoch = epoch, this_round = round;
     fence_async();  // the copy engine fills this shared memory next
-    __threadfence_system();
+    // Who has made a whole list has staged nothing: the release of C is all that its stores need, and
+    // it waits for the others only.
+    const bool says = blockIdx.x < RANKS, whole = says && teller.one;
+    if (!whole) __threadfence_system();
     __syncthreads();
     if (threadIdx.x) return;
-    add_release(counter(STAGED), 1);
-    if (!fault && blockIdx.x < RANKS && await_count(world, counter(STAGED), (epoch + 1) * gridDim.x))
+    if (!whole) add_release(counter(STAGED), 1);
+    if (says && !fault &&
+        await_count(world, counter(STAGED), (epoch + 1) * gridDim.x - (whole ? RANKS : 0)))
         publish(world, WORD_C, teller.peer, round, t.first[LOCAL]);
+    if (whole) add_release(counter(STAGED), 1);
 }
