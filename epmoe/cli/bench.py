@@ -30,8 +30,8 @@ with torch.equal.  The first tenth of the rounds warms up and is not counted.
 
 With --heap cuda or nvshmem, on GPUs: dispatch and combine alone, a launch each, ids in and sums
 out, beside NCCL's all_to_all_single of the same rows, sorted and counted before the clock starts
-and without the weighted sum.  Our dispatch sends a row once to each rank that wants it, NCCL once a
-choice; GB/s are of the bytes that each sends.  `epmoe bench layer --help` says how GPUs are timed."""
+and without the weighted sum.  Our dispatch sends a row once to each rank that wants it, NCCL once
+a choice; GB/s are of the bytes that each sends.  How GPUs are timed: `epmoe bench layer --help`."""
 
 
 def add(subparsers: Any) -> None:

@@ -1,4 +1,4 @@
-"""The fused round against the split verbs, bit for bit, and their times, on one GPU; its two ends alone:
+"""The fused round against the split verbs, bit for bit, its two ends alone, and times, on one GPU:
 
 python tests/gpu/fused_round.py [--time | --quick | --tiny]
 
@@ -240,8 +240,8 @@ def main():
         for job in [pool.submit(build, config, how) for config, _, how in todo]:
             job.result()
     found: list[dict] = []
-    good = all([check(config, rounds, **how) for config, rounds, how in todo])
-    # Rows so long that a carrier takes one at a time: synccheck tracks so many barriers and no more.
+    good = all(check(config, rounds, **how) for config, rounds, how in todo)
+    # Rows so long that a carrier takes one at a time: more barriers synccheck does not track.
     wide = MoEConfig(experts=8, choices=3, hidden=7168, inner=64, max_rows=40, heap="cuda")
     good &= check_alone(wide, 2)
     if not asked.tiny:

@@ -1,4 +1,4 @@
-"""Dispatch and combine alone, an exact function of row and slot between them: the oracle of both."""
+"""Dispatch and combine alone with an exact function of row and slot between them: their oracle."""
 
 import torch
 
