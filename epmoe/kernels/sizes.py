@@ -85,15 +85,22 @@ def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
     return tuple(dict.fromkeys(cut_of(config, ranks, c) for c in capacities))
 
 
-def pullers_of(cut: Cut) -> int:
+def pullers_of(cut: Cut, ranks: int) -> int:
     """CTAs that pull rows before they multiply, whole clusters of 2.
 
-    Where rows are few, nobody can multiply before they are there.  Load of 8 on 4 GPUs, in
-    microseconds with 8 / 16 / 24 / 32: MANY: qwen3-30b at 2,048 rows 440 / 380 / 377 / 377, at 512
-    - / 142 / 146 / 147, dsv3 at 512 909 / 889 / 893 / 895; SOME: qwen3-235b at 128 212 / 206 / 206
-    / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 / - / 79.8, gpt-oss at
-    128 - / 241 / - / 245.
+    Where rows are few, nobody can multiply before they are there. On one or two ranks most choices
+    of a row are here, and to write it for each takes longer than to fetch it; a link needs fewer.
+    Load of 8 in microseconds. 4 GPUs, 8 / 16 / 24 / 32: MANY: qwen3-30b at 2,048 rows 440 / 380 /
+    377 / 377, at 512 - / 142 / 146 / 147, dsv3 at 512 909 / 889 / 893 / 895; SOME: qwen3-235b at
+    128 212 / 206 / 206 / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 /
+    - / 79.8, gpt-oss at 128 - / 241 / - / 245. 2 GPUs, 16 / 24 / 32 / 48 / 64: MANY: qwen3-30b at
+    2,048 344 / 328 / 324 / 322 / 323, at 512 124 / 120 / 117 / 120 / 123, qwen3-235b at 512 337 /
+    328 / 325 / 321 / 324; SOME: qwen3-30b at 128 73 / 71 / 70 / 69 / 75, qwen3-235b at 128 190 /
+    188 / 187 / 191 / 192; FEW: dsv3 at 128 714 / 710 / 707 / 704 / 705. One GPU, MANY: qwen3-30b
+    at 2,048 338 / - / 313 / 304 / 296, at 512 114 / - / 107 / 107 / 112.
     """
+    if ranks <= 2:
+        return 32 if cut == SOME else 48
     return 16 if cut == MANY else 24
 
 
@@ -121,7 +128,7 @@ def ring_blocks(
 
     def ahead(cut: Cut) -> int:
         tiles_of_block = -(-up_columns(config) // (cut.columns * (1 if cut.tall else 2)))
-        return -(-lag(grid, pullers or pullers_of(cut), cut) // tiles_of_block)
+        return -(-lag(grid, pullers or pullers_of(cut, ranks), cut) // tiles_of_block)
 
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
     must = max(ahead(cut) for cut in among) + 2 * GROUP + batch
@@ -178,7 +185,7 @@ def private_bytes(config: MoEConfig, ranks: int) -> int:
 
     >>> tiny = MoEConfig(experts=4, choices=2, hidden=64, inner=64, max_rows=100)
     >>> private_bytes(tiny, 2) // 1024
-    303
+    204
     """
     memory = work_memory(config, ranks).values()
     return sum(math.prod(shape) * kind.itemsize for shape, kind in memory)

@@ -241,7 +241,6 @@ def main():
             job.result()
     found: list[dict] = []
     good = all(check(config, rounds, **how) for config, rounds, how in todo)
-    # Rows so long that a carrier takes one at a time: more barriers synccheck does not track.
     wide = MoEConfig(experts=8, choices=3, hidden=7168, inner=64, max_rows=40, heap="cuda")
     good &= check_alone(wide, 2)
     if not asked.tiny:

@@ -142,5 +142,5 @@ def test_the_ring_holds_what_must_be_under_way():
 def test_a_gpu_whose_processors_would_all_pull_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(fused, "processors_of", lambda device: 25)
-    with pytest.raises(EpmoeError, match="more than 24 processors, this GPU has 24"):
+    with pytest.raises(EpmoeError, match="more than 48 processors, this GPU has 24"):
         FusedOps(config("qwen3-30b"), None, layer=0, lane=0, words=SimpleNamespace(ranks=2))
