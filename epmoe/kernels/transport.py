@@ -10,7 +10,7 @@ from torch import Tensor
 from epmoe.comm.layout import HEAD, Layout
 from epmoe.config import MoEConfig
 from epmoe.kernels.compile import compile_kernel
-from epmoe.kernels.cuda import raw_stream
+from epmoe.kernels.cuda import MOVER_SHARED, raw_stream
 from epmoe.kernels.fused import (
     BAD,
     NOTE,
@@ -25,7 +25,7 @@ from epmoe.kernels.gemm import BLOCK, THREADS, processors_of
 from epmoe.kernels.launch import CompiledKernel, Launch
 from epmoe.kernels.sizes import most_blocks, parts, refusal
 
-COMBINERS, MOVER_SHARED = 896, 7 * 4 * (7168 + 8) + 128  # cu/combine.cu, cu/copy.cuh
+COMBINERS = 896  # cu/combine.cu
 CHOICES = struct.Struct("<2Q2I")  # cu/choices.cuh
 
 
@@ -66,18 +66,15 @@ class Transport:
         self.scale = cuda(pool, dtype=torch.float32)
         self.loads = cuda(config.places, dtype=torch.int64)
         self._numbers = cuda(8)
+        self.notes = cuda(grid * ROLES * NOTES * NOTE if trace else 0, dtype=torch.uint8)
+        homes, progress = cuda(pool), cuda(2, 3, blocks)
+        told = cuda(parts(grid, ranks), config.places, dtype=torch.int64)
+        nothing = cuda(0)  # results of FC1, tables of tiles: nobody multiplies here
         self._kept = (
-            cuda(pool),
-            cuda(2, 3, blocks),
-            cuda(parts(grid, ranks), config.places, dtype=torch.int64),
+            *(self.loads, homes, self.scale, self.rows, nothing),
+            *(progress, told, nothing, self._numbers, self.notes),
         )
-        noted = grid * ROLES * NOTES * NOTE if trace else 0
-        self.notes = cuda(noted, dtype=torch.uint8)
-        homes, progress, told = (t.data_ptr() for t in self._kept)
-        kept = (self.loads.data_ptr(), homes, self.scale.data_ptr(), self.rows.data_ptr())
-        no_mid, no_scratch = 0, 0  # nothing is multiplied here
-        last = (self._numbers.data_ptr(), self.notes.data_ptr())
-        private = struct.pack("<10Q", *kept, no_mid, progress, told, no_scratch, *last)
+        private = struct.pack("<10Q", *(t.data_ptr() for t in self._kept))
         kernels = compiled(config, ranks, placed, layer, lane, grid=grid, trace=trace)
         given = [words.world(), private]
         no_choices, no_head = bytes(CHOICES.size), bytes(8 * HEAD)

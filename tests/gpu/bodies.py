@@ -446,18 +446,39 @@ def lanes(group, kind, rounds=100):
 def killed(group, kind):
     """The last rank dies while the others' kernels wait for it; nobody hangs, contexts live."""
     moe, _ = loaded(replace(SMALL, heap=kind), group)
+    return _last_dies(group, moe, moe)
+
+
+def killed_apart(group, kind):
+    """The same, by dispatch and combine alone."""
+    moe, _ = loaded(replace(SMALL, heap=kind), group)
+    alone = Transport(
+        moe.config, moe._runtime.placed, layer=0, lane=0, words=moe._runtime.lanes[0].words
+    )
+
+    def rows_back(x, ids, weights):
+        out = torch.zeros_like(x)
+        alone.dispatch(x, ids, weights, (0, 0, moe.config.max_rows, 0, 1, 0, 0, 0))
+        alone.results.copy_(alone.rows)
+        alone.combine(ids, weights, out)
+        return out
+
+    return _last_dies(group, moe, rows_back)
+
+
+def _last_dies(group, moe, forward):
     mine = [t.cuda() for t in batches(moe.config, [16] * group.size, 1)[group.rank]]
     for _ in range(3):
-        moe(*mine)
+        forward(*mine)
     torch.cuda.synchronize()
     met(group)
     if group.rank == group.size - 1:
         torch.cuda._sleep(2_000_000_000)  # a second: its round is queued behind it
-        moe(*mine)
+        forward(*mine)
         threading.Event().wait(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    y = moe(*mine)
+    y = forward(*mine)
     torch.cuda.synchronize()
     spent, how = time.monotonic() - started, ""
     try:
@@ -483,8 +504,8 @@ def main():
             finding |= {"body": name, "s": round(time.monotonic() - started, 2)}
             sys.stdout.write(f"{MARK}{json.dumps(finding)}\n")
             sys.stdout.flush()
-        if "killed" in names:  # a library below may wait for the dead rank when it is unloaded
-            os._exit(0)
+        if {"killed", "killed_apart"} & set(names):
+            os._exit(0)  # a library below may wait for the dead rank when it is unloaded
 
 
 if __name__ == "__main__":

@@ -190,12 +190,13 @@ def test_ranks_and_heaps_change_no_bit():
 
 @both_heaps
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_killed_rank_leaves_nan_and_a_named_error_and_living_contexts(heap, ranks):
-    outcomes, findings_R = findings(heap, ranks, ("killed",))
+@pytest.mark.parametrize("way", ["killed", "killed_apart"])
+def test_a_killed_rank_leaves_nan_and_a_named_error_and_living_contexts(heap, ranks, way):
+    outcomes, findings_R = findings(heap, ranks, (way,))
     assert outcomes[-1].code == -9
     for outcome, one in list(zip(outcomes, findings_R, strict=True))[:-1]:
-        assert "value" in one.get("killed", {}), outcome.log[-3000:]
-        value = one["killed"]["value"]
+        assert "value" in one.get(way, {}), outcome.log[-3000:]
+        value = one[way]["value"]
         assert value["how"] == f"exited ({ranks - 1},)"
         assert value["spent"] < 1.0
         assert value["nan"]
