@@ -88,20 +88,21 @@ def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
 def pullers_of(cut: Cut, ranks: int) -> int:
     """CTAs that pull rows before they multiply, whole clusters of 2.
 
-    Where rows are few, nobody can multiply before they are there. On one or two ranks most choices
-    of a row are here, and to write it for each takes longer than to fetch it; a link needs fewer.
+    Where rows are few, nobody can multiply before they are there. On one or two ranks many choices
+    of a row are here, and to write it for each takes longer than to fetch it (a processor writes
+    some 70 GB/s then); a link needs fewer.
     Load of 8 in microseconds. 4 GPUs, 8 / 16 / 24 / 32: MANY: qwen3-30b at 2,048 rows 440 / 380 /
     377 / 377, at 512 - / 142 / 146 / 147, dsv3 at 512 909 / 889 / 893 / 895; SOME: qwen3-235b at
     128 212 / 206 / 206 / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 /
     - / 79.8, gpt-oss at 128 - / 241 / - / 245. 2 GPUs, 16 / 24 / 32 / 48 / 64: MANY: qwen3-30b at
-    2,048 344 / 328 / 324 / 322 / 323, at 512 124 / 120 / 117 / 120 / 123, qwen3-235b at 512 337 /
-    328 / 325 / 321 / 324; SOME: qwen3-30b at 128 73 / 71 / 70 / 69 / 75, qwen3-235b at 128 190 /
+    2,048 344 / 328 / 324 / 322 / 323, at 512 124 / 118 / 114 / 119 / 123, qwen3-235b at 512 329 /
+    322 / 316 / 315 / -; SOME: qwen3-30b at 128 73 / 71 / 70 / 69 / 75, qwen3-235b at 128 190 /
     188 / 187 / 191 / 192; FEW: dsv3 at 128 714 / 710 / 707 / 704 / 705. One GPU, MANY: qwen3-30b
     at 2,048 338 / - / 313 / 304 / 296, at 512 114 / - / 107 / 107 / 112.
     """
-    if ranks <= 2:
-        return 32 if cut == SOME else 48
-    return 16 if cut == MANY else 24
+    if ranks > 2:
+        return 16 if cut == MANY else 24
+    return 48 if cut == FEW or (cut == MANY and ranks == 1) else 32
 
 
 def most_blocks(config: MoEConfig, ranks: int) -> int:
