@@ -69,11 +69,19 @@ def test_a_rank_that_closes_early_is_named(traffic):
 
 
 def test_ctrl_c_on_one_rank_reaches_the_others(traffic):
+    def strike(_, frame):
+        while frame and not frame.f_code.co_filename.endswith("host_rounds.py"):
+            frame = frame.f_back
+        if frame:  # in a round; between two the rank would close, and the others read just that
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, 0.0007)
+
     def act(moe, number):
         if number == 5:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGALRM, strike)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
 
     mine, others = reports(traffic, act)
     assert mine["error"] == "KeyboardInterrupt"
