@@ -76,6 +76,7 @@ def run(
         ours.results.copy_(ours.rows)  # every row goes back as it came
         combine()
         torch.cuda.synchronize()
+        words.limit(config.stall_s)  # type: ignore[union-attr]  # from here on nobody is still opening
         runtime.check()
         with group.guarded("compare the rows", LIMIT_S):
             _compare(drawn, out, group.rank)
@@ -96,7 +97,7 @@ def run(
         words.check()  # type: ignore[union-attr]
     finally:
         runtime.close()
-    away = _away(drawn.ids, config, group)
+    sent_bytes = _sent(drawn.ids, config, group)
     return {
         "machine": machine(),
         "gpu": torch.cuda.get_device_name(),
@@ -107,13 +108,15 @@ def run(
         "choices": config.choices,
         "heap": config.heap,
         "rounds": rounds,
-        "away_bytes": away,
+        "sent_bytes": sent_bytes,
         "us": {way: described(us[way]) for way in WAYS},
-        "gb_per_s": {way: round(away[way] / described(us[way])["median"] / 1e3, 1) for way in WAYS},
+        "gb_per_s": {
+            way: round(sent_bytes[way] / described(us[way])["median"] / 1e3, 1) for way in WAYS
+        },
     }
 
 
-def _away(ids: Tensor, config: MoEConfig, group: Group) -> dict[str, int]:
+def _sent(ids: Tensor, config: MoEConfig, group: Group) -> dict[str, int]:
     """Bytes that leave this rank: our dispatch sends a row once to each rank that wants it."""
     owner, row = ids // config.slots_per_rank(group.size), config.hidden * config.itemsize
     others = [r for r in range(group.size) if r != group.rank]
@@ -130,7 +133,7 @@ def print_table(report: dict[str, Any]) -> None:
         f"{report['experts']}, uniform, {report['heap']} heap"
     )
     show(
-        f"us, slowest rank, median of {report['rounds']}; GB/s of what leaves rank 0",
+        f"us, slowest rank, median of {report['rounds']}; GB/s of what rank 0 sends",
         ("", ">us", ">p10", ">p90", ">GB/s"),
         [
             (way, *(f"{us[k]:,.1f}" for k in ("median", "p10", "p90")), f"{rate:.0f}")

@@ -77,11 +77,10 @@ class FusedOps:
         self.config, self._words = config, words
         self._cuts = cuts(config, words.ranks) if cut is None else (cut,)
         self.grid = processors_of(torch.cuda.current_device()) // 2 * 2
-        pulling = max(pullers or pullers_of(one, words.ranks) for one in self._cuts)
-        if self.grid <= pulling:
+        least = max(4, words.ranks, (pullers or 0) + 2)  # a cluster pulls, another multiplies
+        if self.grid < least:
             raise EpmoeError(
-                f"a round in one launch needs more than {pulling} processors, "
-                f"this GPU has {self.grid}"
+                f"a round in one launch needs at least {least} processors, this GPU has {self.grid}"
             )
         pools = {} if pools is None else pools
 
@@ -192,7 +191,7 @@ def compiled(
 ) -> CompiledKernel:
     """The kernel for this layer's shapes and offsets; needs no GPU."""
     ring = ring_blocks(config, ranks, grid, pullers, among or cuts(config, ranks))
-    at, pullers = placed.lanes[lane][layer], pullers or pullers_of(cut, ranks)
+    at, pullers = placed.lanes[lane][layer], pullers or pullers_of(cut, ranks, grid)
     blocks = most_blocks(config, ranks)
     defines = round_constants(config, ranks, at, blocks=blocks, ring=ring, grid=grid) | {
         "COUNTED": int(counted),

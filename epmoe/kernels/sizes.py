@@ -12,7 +12,7 @@ from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.kernels.gemm import BLOCK
 
-LAG = 2  # FC2 of a block comes this many times all clusters' tiles behind its FC1
+LAG = 2  # FC2 of a block comes so many tiles of each cluster that does not pull behind its FC1
 GROUP = 16  # cu/tiles.cuh
 SPARE = 16  # blocks of the ring beyond those without which a round could wait for ever
 MOST_CELLS = 1 << 19  # a part of them is kept in shared memory (cu/tell.cuh)
@@ -85,12 +85,12 @@ def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
     return tuple(dict.fromkeys(cut_of(config, ranks, c) for c in capacities))
 
 
-def pullers_of(cut: Cut, ranks: int) -> int:
-    """CTAs that pull rows before they multiply, whole clusters of 2.
+def pullers_of(cut: Cut, ranks: int, grid: int) -> int:
+    """CTAs that pull rows before they multiply, whole clusters of 2, at most half of ``grid``.
 
     Where rows are few, nobody can multiply before they are there. On one or two ranks many choices
-    of a row are here, and to write it for each takes longer than to fetch it (a processor writes
-    some 70 GB/s then); a link needs fewer.
+    of a row are here, and to write it for each takes longer than to fetch it (16 of MANY write 40
+    GB/s each); a link needs fewer.
     Load of 8 in microseconds. 4 GPUs, 8 / 16 / 24 / 32: MANY: qwen3-30b at 2,048 rows 440 / 380 /
     377 / 377, at 512 - / 142 / 146 / 147, dsv3 at 512 909 / 889 / 893 / 895; SOME: qwen3-235b at
     128 212 / 206 / 206 / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 /
@@ -101,8 +101,10 @@ def pullers_of(cut: Cut, ranks: int) -> int:
     at 2,048 338 / - / 313 / 304 / 296, at 512 114 / - / 107 / 107 / 112.
     """
     if ranks > 2:
-        return 16 if cut == MANY else 24
-    return 48 if cut == FEW or (cut == MANY and ranks == 1) else 32
+        most = 16 if cut == MANY else 24
+    else:
+        most = 48 if cut == FEW or (cut == MANY and ranks == 1) else 32
+    return min(most, grid // 4 * 2)
 
 
 def most_blocks(config: MoEConfig, ranks: int) -> int:
@@ -129,7 +131,7 @@ def ring_blocks(
 
     def ahead(cut: Cut) -> int:
         tiles_of_block = -(-up_columns(config) // (cut.columns * (1 if cut.tall else 2)))
-        return -(-lag(grid, pullers or pullers_of(cut, ranks), cut) // tiles_of_block)
+        return -(-lag(grid, pullers or pullers_of(cut, ranks, grid), cut) // tiles_of_block)
 
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
     must = max(ahead(cut) for cut in among) + 2 * GROUP + batch

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from epmoe.comm.layout import HEAD, Layout
 from epmoe.config import MoEConfig
+from epmoe.errors import EpmoeError
 from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.cuda import MOVER_SHARED, raw_stream
 from epmoe.kernels.fused import (
@@ -37,6 +38,9 @@ class Transport:
     ``gemm.starts(slot_rows)[s]`` on.  With ``weight_in`` "fc2" the caller multiplies them by
     ``scale`` [pool], else combine does.  Nothing waits for the GPU or allocates after ``__init__``;
     the pool holds whatever routing can send here.
+
+    No other round of the lane may lie between a dispatch and its combine.  A wait ends by the limit
+    of the lane's words, which the caller sets; then outputs are NaN and ``words.check`` raises.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Transport:
         if (refused := refusal(config)) is not None:
             raise refused
         self.config, ranks = config, words.ranks
+        self._next = "dispatch"
         self.grid = grid = processors_of(torch.cuda.current_device())
         blocks = most_blocks(config, ranks)
         pool = blocks * BLOCK
@@ -95,6 +100,7 @@ class Transport:
 
         Arguments as for ``FusedOps.round``.
         """
+        self._turn("dispatch", x)
         choices = CHOICES.pack(*chosen(self.config, ids, table))
         packed = struct.pack(f"<{HEAD}q", *head)
         self._dispatch.enqueue(raw_stream(), x, choices, weights, len(x), packed)
@@ -108,10 +114,20 @@ class Transport:
         table: Tensor | None = None,
     ) -> None:
         """All ranks together: ``results`` home, and the sum over choices; NaN after a fault."""
+        self._turn("combine", out)
         choices = CHOICES.pack(*chosen(self.config, ids, table))
         self._combine.enqueue(
             raw_stream(), choices, weights, 0 if shared is None else shared, out, len(out)
         )
+
+    def _turn(self, verb: str, rows: Tensor) -> None:
+        if verb != self._next:
+            raise EpmoeError(f"{verb}: {self._next} comes next, a round is one of each")
+        if len(rows) > self.config.max_rows:
+            raise ValueError(
+                f"{verb} takes at most max_rows ({self.config.max_rows}) rows, got {len(rows)}"
+            )
+        self._next = "combine" if verb == "dispatch" else "dispatch"
 
     def bad(self) -> int:
         """Choices so far that named no slot; waits for the GPU."""

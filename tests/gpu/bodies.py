@@ -446,7 +446,12 @@ def lanes(group, kind, rounds=100):
 def killed(group, kind):
     """The last rank dies while the others' kernels wait for it; nobody hangs, contexts live."""
     moe, _ = loaded(replace(SMALL, heap=kind), group)
-    return _last_dies(group, moe, moe)
+
+    def late(*mine):
+        _a_second()  # the round is queued behind it
+        moe(*mine)
+
+    return _last_dies(group, moe, moe, late)
 
 
 def killed_apart(group, kind):
@@ -456,25 +461,30 @@ def killed_apart(group, kind):
         moe.config, moe._runtime.placed, layer=0, lane=0, words=moe._runtime.lanes[0].words
     )
 
-    def rows_back(x, ids, weights):
+    def rows_back(x, ids, weights, between=lambda: None):
         out = torch.zeros_like(x)
         alone.dispatch(x, ids, weights, (0, 0, moe.config.max_rows, 0, 1, 0, 0, 0))
         alone.results.copy_(alone.rows)
+        between()
         alone.combine(ids, weights, out)
         return out
 
-    return _last_dies(group, moe, rows_back)
+    return _last_dies(group, moe, rows_back, lambda *mine: rows_back(*mine, between=_a_second))
 
 
-def _last_dies(group, moe, forward):
+def _a_second():
+    torch.cuda._sleep(2_000_000_000)
+
+
+def _last_dies(group, moe, forward, late):
+    """``late``: as ``forward``, with a second on the GPU before others get what they wait for."""
     mine = [t.cuda() for t in batches(moe.config, [16] * group.size, 1)[group.rank]]
     for _ in range(3):
         forward(*mine)
     torch.cuda.synchronize()
     met(group)
     if group.rank == group.size - 1:
-        torch.cuda._sleep(2_000_000_000)  # a second: its round is queued behind it
-        forward(*mine)
+        late(*mine)
         threading.Event().wait(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()

@@ -15,14 +15,16 @@ import struct
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import torch
 from there_and_back import there_and_back
 
-from epmoe import MoEConfig
+from epmoe import EpmoeError, MoEConfig
 from epmoe.comm.layout import layout
 from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.cuda import compiled as split_kernels
@@ -98,6 +100,13 @@ def opened(config, limit_s=4.0, **how):
     return words, split, fused, weights
 
 
+def processors(grid):
+    """A part of a GPU: its round has ``grid`` CTAs."""
+    if not grid:
+        return nullcontext()
+    return mock.patch("epmoe.kernels.fused.processors_of", return_value=grid)
+
+
 def grown(ops, launches):
     """Counters as after that many launches: a layer that serves for weeks counts past 2**32."""
     tellers = parts(ops.grid, 1)
@@ -106,9 +115,10 @@ def grown(ops, launches):
         ops._numbers[which] = value - 2**32 if value >= 2**31 else value
 
 
-def check(config, rounds, *, launches=0, **how):
+def check(config, rounds, *, launches=0, grid=0, **how):
     torch.manual_seed(1)
-    words, split, fused, _ = opened(config, **how)
+    with processors(grid):
+        words, split, fused, _ = opened(config, **how)
     grown(fused, launches)
     rng, wrong = random.Random(1), []
     for i in range(rounds):
@@ -128,6 +138,7 @@ def check(config, rounds, *, launches=0, **how):
     torch.cuda.synchronize()
     if any(fused._numbers[which] for which in (3, 5)):  # these begin anew in every launch
         wrong.append(("counters", fused._numbers.tolist()))
+    how |= {"grid": grid} if grid else {}
     what = (
         f"{config.activation} E{config.experts} K{config.choices} H{config.hidden} I{config.inner}"
     )
@@ -146,6 +157,11 @@ def check_alone(config, rounds, launches=0):
         x, ids, w = batch(config, rows, rng.choice(["any", "one", "masked"]))
         right += there_and_back(alone, x, ids, w, ids, 0)
     good = right == rounds and not any(words.said())
+    try:
+        alone.combine(ids, w, x)
+        good = False
+    except EpmoeError:
+        pass  # a dispatch comes next
     how = f"K{config.choices} H{config.hidden} {config.weight_in}"
     say("right" if good else "wrong", "alone", how, f"{right} of {rounds} rounds", launches)
     return good
@@ -197,7 +213,8 @@ def times(name, hidden, inner, experts, choices, rows):
 
 def build(config, how):
     """Fill the file cache with what a check needs."""
-    placed, known = layout([config], 1), {n: how[n] for n in ("counted", "pullers") if n in how}
+    known = {n: how[n] for n in ("counted", "pullers", "grid") if n in how}
+    placed = layout([config], 1)
     compiled(config, 1, placed, 0, 0, cut=how["cut"], among=(how["cut"],), **known)
     split_kernels(config, 1, placed, 0, 0)
 
@@ -226,6 +243,8 @@ def checks(quick, tiny):
             yield replace(small, activation=act, bias=True, weight_in="fc2"), 4, {"cut": cut}
         yield wide, 4, {"cut": cut, "pullers": 16}
         yield wide, 4, {"cut": cut, "pullers": 2, "counted": False}
+        for grid in (32, 6):
+            yield small, 4, {"cut": cut, "grid": grid}
 
 
 def main():

@@ -21,6 +21,7 @@ from epmoe.kernels.sizes import (
     cuts,
     most_blocks,
     private_bytes,
+    pullers_of,
     ring_blocks,
 )
 
@@ -139,8 +140,22 @@ def test_the_ring_holds_what_must_be_under_way():
     assert ring_blocks(small, 8, 132, 8, (MANY,)) == most_blocks(small, 8) == 33
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("grid", [4, 6, 32, 132])
+def test_somebody_multiplies_on_a_part_of_a_gpu_too(grid, ranks):
+    for cut in (FEW, SOME, MANY):
+        assert 2 <= pullers_of(cut, ranks, grid) <= grid // 2
+        assert pullers_of(cut, ranks, grid) % 2 == 0
+    assert pullers_of(FEW, 2, 132) == 48
+    assert pullers_of(MANY, 8, 132) == 16
+
+
 def test_a_gpu_whose_processors_would_all_pull_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(fused, "processors_of", lambda device: 25)
-    with pytest.raises(EpmoeError, match="more than 48 processors, this GPU has 24"):
-        FusedOps(config("qwen3-30b"), None, layer=0, lane=0, words=SimpleNamespace(ranks=2))
+    known = {"layer": 0, "lane": 0, "words": SimpleNamespace(ranks=2)}
+    with pytest.raises(EpmoeError, match="at least 26 processors, this GPU has 24"):
+        FusedOps(config("qwen3-30b"), None, pullers=24, **known)
+    monkeypatch.setattr(fused, "processors_of", lambda device: 3)
+    with pytest.raises(EpmoeError, match="at least 4 processors, this GPU has 2"):
+        FusedOps(config("qwen3-30b"), None, **known)

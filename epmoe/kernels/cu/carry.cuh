@@ -238,6 +238,7 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
         __syncwarp();
         laps.lap(LOAD);
         c.place();
+        laps.lap(FIND_ROWS);
         write();
         bulk_wait<1>();
         count(written);

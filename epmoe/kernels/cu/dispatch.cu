@@ -3,7 +3,7 @@
 // For experts that somebody else computes, and to measure the links: the fused round begins with the
 // same steps.  Afterwards the rows that this rank's slots were asked for lie in its pool, those of a
 // slot from a multiple of BLOCK rows on, as the grouped GEMM reads them; combine.cu takes the results.
-// After a fault no slot has rows.
+// In rounds after a fault no slot has rows.
 //
 // Constants: those of exchange.cuh, with memory for every block: RING == BLOCKS.
 #include "pull.cuh"

@@ -2,8 +2,11 @@
 #pragma once
 #include "carry.cuh"
 
+constexpr u32 MOST_SHARED = 231296;  // what a CTA may have, less 1024 of the static word
+
 // Buffers and tables lie where other roles have their ring.
 constexpr u32 TABLES_AT = (CARRY_SHARED + 127) / 128 * 128;
+static_assert(TABLES_AT + sizeof(Tables) <= MOST_SHARED, "the tables of the carriers do not fit");
 
 // All threads of a CTA that pulls, one of the first `pullers`; false if what came with C cannot be.  The
 // caller syncs.

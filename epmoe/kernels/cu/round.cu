@@ -20,7 +20,6 @@
 constexpr u32 FEEDS = GROUPS * 4, SCOUTS = FEEDS + 1;  // warps
 
 // In shared memory where it fits: each acquire empties L1, so a table in global memory is slow.
-constexpr u32 MOST_SHARED = 231296;  // what a CTA may have, less 1024 of the static word
 constexpr u32 LIVE_WORDS = live_words(LOCAL, UNIT < BLOCK);
 constexpr bool LIVE_SHARED = LIVE_AT + 4 * LIVE_WORDS <= MOST_SHARED;
 static_assert(TABLES_AT + sizeof(Tables) <= RING_END, "the tables of the carriers do not fit");

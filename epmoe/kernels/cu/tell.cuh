@@ -229,7 +229,8 @@ inline void tell(const World& world, const Private& mine, const u8* x, const Cho
     if (threadIdx.x == 0) this_epoch = epoch, this_round = round;
     fence_async();  // the copy engine fills this shared memory next
     // Who has made a whole list has staged nothing: the release of C is all that its stores need, and
-    // it waits for the others only.
+    // it waits for the others only.  (One that saw a fault counts itself at once, and C of another may
+    // then leave before all rows are staged: they are for results that will be NaN.)
     const bool says = blockIdx.x < RANKS, whole = says && teller.one;
     if (!whole) __threadfence_system();
     __syncthreads();
