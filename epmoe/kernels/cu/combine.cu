@@ -36,7 +36,6 @@ extern "C" __global__ void __launch_bounds__(COMBINERS, 1)
             const float* weights, const float* shared, u8* out, u32 rows) {
     extern __shared__ __align__(128) u8 rings[];
     __shared__ int before[LOCAL + 1], blocks[LOCAL + 1];  // rows, blocks of the pool before each slot
-    __shared__ bool came;
     const u32 round = round_now(world), warp = warp_index();
     Laps laps(mine.trace, WHOLE_CTA, threadIdx.x == 0);
     if (threadIdx.x == 0) counters = mine.epoch;
@@ -48,12 +47,8 @@ extern "C" __global__ void __launch_bounds__(COMBINERS, 1)
     __syncthreads();
     laps.lap(WORK);
     if (threadIdx.x == 0) end_moves(world, round);
-    if (warp == 0) {
-        const bool all = await_words(world, WORD_Y, round) && !faulted(world);
-        if (lane_index() == 0) came = all;
-    }
-    __syncthreads();
-    const bool whole = came;
+    const bool whole =
+        __syncthreads_and(warp || (await_words(world, WORD_Y, round) && !faulted(world)));
     laps.lap(WAIT_Y);
     if (blockIdx.x == 0 && threadIdx.x == 0) open_next(world, whole);
     reduce_rows(world, choices, weights, shared, out, rows, whole, blockIdx.x * COMBINERS + threadIdx.x,

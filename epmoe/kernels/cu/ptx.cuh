@@ -64,6 +64,21 @@ inline void both_sync() {
     asm volatile("bar.sync 5, 256;" ::: "memory");
 }
 
+// The same, and whether all of their threads say so.
+inline bool both_and(bool mine) {
+    u32 all;
+    __syncwarp();
+    asm volatile(
+        "{.reg .pred one, every;\n"
+        "setp.ne.u32 one, %1, 0;\n"
+        "bar.red.and.pred every, 5, 256, one;\n"
+        "selp.u32 %0, 1, 0, every;}"
+        : "=r"(all)
+        : "r"((u32)mine)
+        : "memory");
+    return all;
+}
+
 // A barrier of one warpgroup (128 threads); id 0 belongs to __syncthreads.
 inline void group_sync(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 

@@ -42,7 +42,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fused_round(const __grid_constant__ Maps maps, const __grid_constant__ World world,
                 const __grid_constant__ Private mine, const __grid_constant__ Call call) {
     extern __shared__ __align__(1024) u8 shared[];
-    __shared__ bool came;
     const u32 base = smem(shared), warp = warp_index();
     Laps laps(mine.trace, WHOLE_CTA, threadIdx.x == 0);
     if (threadIdx.x == 0) counters = mine.epoch;
@@ -82,12 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         both_sync();
         if (threadIdx.x == 0) end_moves(world, this_round);
         laps.lap(WORK);
-        if (warp == 0) {
-            const bool all = await_words(world, WORD_Y, this_round) && !faulted(world);
-            if (lane_index() == 0) came = all;
-        }
-        both_sync();
-        const bool whole = came;
+        const bool whole = both_and(warp || (await_words(world, WORD_Y, this_round) && !faulted(world)));
         if (blockIdx.x == 0 && threadIdx.x == 0) open_next(world, whole);
         laps.lap(WAIT_Y);
         reduce_rows(world, call.choices, call.weights, call.shared, call.out, call.rows, whole,
