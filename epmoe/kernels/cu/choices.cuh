@@ -9,18 +9,6 @@ struct Choices {
     u32 known;         // ids below it name something
     u32 wide;          // 1: ids are of 8 bytes, 0: of 4
 
-    // Both without a branch, so that the loads of many cells are under way together.
-    //
-    // Whether the choice counts.
-    inline bool names(u32 cell) const { return names(id(cell)); }
-    // -1 for no choice, -2 for an id that names nothing.
-    inline int slot(u32 cell) const {
-        const Id named = id(cell);
-        const bool good = names(named);
-        const int found = __ldg(table ? table + (good ? named.low : 0) : static_cast<const int*>(ids));
-        return good ? table ? found : (int)named.low : (named.low & named.high) == ~0u ? -1 : -2;
-    }
-
     struct Id {
         u32 low, high;  // of 4 bytes: the same twice
     };
@@ -29,4 +17,18 @@ struct Choices {
         return {__ldg(at), __ldg(at + wide)};
     }
     inline bool names(const Id& id) const { return id.low < known && !(wide && id.high); }
+
+    // Whether the choice counts.
+    inline bool names(u32 cell) const { return names(id(cell)); }
+
+    // The slot that an id names, if it names one, in two steps: whoever wants many takes all ids first,
+    // then all from the table.  In one step the assembler puts an id's load, its table's and the next
+    // id's one after the other, and each takes a microsecond.
+    inline int found(const Id& named) const {
+        return table ? __ldg(table + (names(named) ? named.low : 0)) : (int)named.low;
+    }
+    // -1 for no choice, -2 for an id that names nothing.
+    inline int slot(const Id& named, int found) const {
+        return names(named) ? found : (named.low & named.high) == ~0u ? -1 : -2;
+    }
 };

@@ -84,27 +84,34 @@ struct Teller {
 
     // How many choices this part has of each slot of the peer, for all to see.
     inline void count() const {
-#pragma unroll 1
-        for (u32 l = threadIdx.x; l < 2 * LOCAL; l += threads) t.count[0][l] = 0;
-#pragma unroll 1
-        for (u32 s = threadIdx.x; one && s < SLOTS; s += threads) t.asked[s] = 0;
-        sync();
         constexpr u32 LOADS = 4;  // each takes a microsecond
+        bool cleared = false;
 #pragma unroll 1
-        for (u32 c = from + threadIdx.x; c < to; c += LOADS * threads) {
-            int s[LOADS];
+        for (u32 c = from + threadIdx.x; !cleared || c < to; c += LOADS * threads) {
+            Choices::Id id[LOADS];
+            int found[LOADS];
+#pragma unroll
+            for (u32 u = 0; u < LOADS; ++u)
+                id[u] = c + u * threads < to ? choices.id(c + u * threads) : Choices::Id{~0u, ~0u};
+            if (!cleared) {  // while the first ids are on their way
+#pragma unroll 1
+                for (u32 l = threadIdx.x; l < 2 * LOCAL; l += threads) t.count[0][l] = 0;
+#pragma unroll 1
+                for (u32 l = threadIdx.x; one && l < SLOTS; l += threads) t.asked[l] = 0;
+                sync();
+                cleared = true;
+            }
+#pragma unroll
+            for (u32 u = 0; u < LOADS; ++u) found[u] = choices.found(id[u]);
 #pragma unroll
             for (u32 u = 0; u < LOADS; ++u) {
                 const u32 cell = c + u * threads;
-                s[u] = cell < to ? choices.slot(cell) : -1;
-            }
-#pragma unroll
-            for (u32 u = 0; u < LOADS; ++u) {
-                const u32 cell = c + u * threads, slot = s[u], theirs = slot - peer * LOCAL;
                 if (cell >= to) break;
+                const int named = choices.slot(id[u], found[u]);
+                const u32 slot = named, theirs = slot - peer * LOCAL;
                 t.slot[cell - from] = theirs < LOCAL ? theirs : NO_SLOT;
                 if (one && slot < SLOTS) atomicAdd(&t.asked[slot], 1u);
-                if (slot >= SLOTS && s[u] != -1 && peer == world.rank) atomicAdd(mine.epoch + BAD, 1);
+                if (slot >= SLOTS && named != -1 && peer == world.rank) atomicAdd(mine.epoch + BAD, 1);
             }
         }
         sync();
