@@ -60,7 +60,8 @@ test-gpu: $(READY_TEST)  ## the tests that need a Hopper GPU
 SANITIZER ?= compute-sanitizer
 sanitize: $(READY_TEST)  ## one small round under memcheck, synccheck and racecheck, on a Hopper GPU
 	for tool in memcheck synccheck racecheck; do PYTHONPATH=. $(SANITIZER) --tool $$tool \
-	  --num-cuda-barriers 512 --report-api-errors no --error-exitcode 9 $(PY) tests/gpu/fused_round.py --tiny || exit; done
+	  --num-cuda-barriers 512 --report-api-errors no --error-exitcode 9 \
+	  $(PY) tests/gpu/fused_round.py --tiny || exit; done
 
 kills: $(READY_TEST)  ## a hundred ranks killed on pairs of GPUs, two minutes at most
 	PYTHONPATH=. $(PY) tests/gpu/kills.py --ranks 2 --schedules 100

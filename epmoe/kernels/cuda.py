@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epmoe.comm.device_words import DeviceWords
-from epmoe.comm.layout import HEAD, Layout, record
+from epmoe.comm.layout import HEAD, Layout, Region, record
 from epmoe.config import MoEConfig
 from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.gemm import BLOCK, grouped_gemm, interleave, processors_of
@@ -187,8 +187,16 @@ def compiled(
     config: MoEConfig, ranks: int, placed: Layout, layer: int, lane: int
 ) -> dict[str, CompiledKernel]:
     """The verbs' kernels for this layer's shapes and offsets; needs no GPU."""
-    at = placed.lanes[lane][layer]
-    defines: dict[str, int | str] = {
+    constants = mailbox_constants(config, ranks, placed.lanes[lane][layer])
+    verbs = ("stage", "pull", "push", "reduce")
+    return {verb: compile_kernel("verbs.cu", verb, constants) for verb in verbs}
+
+
+def mailbox_constants(
+    config: MoEConfig, ranks: int, at: Mapping[str, Region]
+) -> dict[str, int | str]:
+    """What cu/mailbox.cuh and everything that finds its way in a slab are compiled with."""
+    constants: dict[str, int | str] = {
         "RANKS": ranks,
         "LOCAL": config.slots_per_rank(ranks),
         "CHOICES": config.choices,
@@ -197,10 +205,7 @@ def compiled(
         "RECORD": record(config)[1],
         "WEIGHT_IN_FC2": int(config.weight_in == "fc2"),
     }
-    for name in ("words", "heads", "counts", "lists", "weights", "rows", "results"):
-        defines[f"{name.upper()}_AT"] = f"{at[name].at}ull"
-    verbs = ("stage", "pull", "push", "reduce")
-    return {verb: compile_kernel("verbs.cu", verb, defines) for verb in verbs}
+    return constants | {f"{name.upper()}_AT": f"{region.at}ull" for name, region in at.items()}
 
 
 def raw_stream() -> int:

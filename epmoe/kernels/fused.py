@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epmoe.comm.layout import HEAD, Layout, Region, record
+from epmoe.comm.layout import HEAD, Layout, Region
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.kernels.compile import compile_kernel
-from epmoe.kernels.cuda import laid_out, raw_stream
+from epmoe.kernels.cuda import laid_out, mailbox_constants, raw_stream
 from epmoe.kernels.gemm import THREADS, processors_of, tensor_map
 from epmoe.kernels.launch import CompiledKernel, Launch
 from epmoe.kernels.ops import HEAD_FIELDS
@@ -214,22 +214,14 @@ def round_constants(
     grid: int,
 ) -> dict[str, int | str]:
     """What cu/exchange.cuh and cu/tell.cuh are compiled with."""
-    constants: dict[str, int | str] = {
-        "RANKS": ranks,
-        "LOCAL": config.slots_per_rank(ranks),
-        "CHOICES": config.choices,
-        "HIDDEN": config.hidden,
+    return mailbox_constants(config, ranks, at) | {
         "INNER": config.inner,
-        "MAX_ROWS": config.max_rows,
-        "RECORD": record(config)[1],
-        "WEIGHT_IN_FC2": int(config.weight_in == "fc2"),
         "ACT": config.activation.upper(),
         "BIAS": int(config.bias),
         "BLOCKS": f"{blocks}u",
         "RING": f"{ring}u",
         "PARTS": f"{parts(grid, ranks)}u",
     }
-    return constants | {f"{name.upper()}_AT": f"{region.at}ull" for name, region in at.items()}
 
 
 def chosen(config: MoEConfig, ids: Tensor, table: Tensor | None) -> tuple[int, int, int, int]:

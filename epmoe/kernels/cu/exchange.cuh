@@ -14,7 +14,8 @@
 // b lies in the pools at b % RING, after FC2 of block b - RING has been done.  Counters of a block
 // have two sets, one for odd and one for even rounds: a round clears the set of the next one, which
 // nobody reads meanwhile.  PARTS_IN and STAGED only grow, by the same amount in every round, `epoch`
-// rounds begun so far, ended by a fault or not; whoever waits for them compares by difference, so they may wrap.
+// rounds begun so far, ended by a fault or not; whoever waits for them compares by difference, so they
+// may wrap.
 struct Private {
     u64* loads;      // [SLOTS] rows of every slot of all ranks, summed over rounds
     u32* homes;      // [RING * BLOCK] where a row's results go: home_of(rank, cell)
