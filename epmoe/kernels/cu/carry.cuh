@@ -80,7 +80,7 @@ struct Carrier {
         const u64 now = global_nanoseconds();
         if (!started) started = now;
         if (now - started <= *reinterpret_cast<const u64*>(world.limit)) return false;
-        fail(world, STOPPED, world.rank, 3, round, turn, now - started);
+        fail(world, STOPPED, world.rank, OWN_BLOCKS, round, turn, now - started);
         return true;
     }
 

@@ -8,7 +8,7 @@
 #pragma once
 #include "ptx.cuh"
 
-enum Kind { WORD_C, WORD_Y, WORD_LEAVE };
+enum Kind { WORD_C, WORD_Y, WORD_LEAVE, OWN_BLOCKS };  // the last is no word: a wait inside a launch
 enum Why { EXITED = 1, RAISED, STOPPED, CORRUPT, CLOSED, DIFFERS };  // comm/words.py HOWS, then ours
 
 // What the host reads without stopping the GPU: page-locked memory, written once by who fails.
@@ -175,7 +175,8 @@ inline bool await_count(const World& world, const u32* count, u32 target) {
         const u64 now = global_nanoseconds();
         if (!started) started = now;
         if (now - started > *reinterpret_cast<const u64*>(world.limit))
-            return fail(world, STOPPED, world.rank, 3, round_now(world), *count, now - started);
+            return fail(world, STOPPED, world.rank, OWN_BLOCKS, round_now(world), *count,
+                        now - started);
     }
     return true;
 }

@@ -112,7 +112,7 @@ inline bool words_came(const World& world, const Private& mine, u32 kind, u32 ro
             const u64 waited = global_nanoseconds() - started;
             came = !faulted(world);
             if (came && waited > 2 * limit)  // twice: block 0 gives up first and says why
-                came = fail(world, STOPPED, world.rank, 3, round, *mine.came, waited);
+                came = fail(world, STOPPED, world.rank, OWN_BLOCKS, round, *mine.came, waited);
         }
     }
     if (!__syncthreads_and(came)) return false;
