@@ -15,6 +15,7 @@ from multiprocessing import get_context
 
 import torch
 from fused_round import weights_of
+from there_and_back import head_of
 
 from epmoe import MoE, MoEConfig
 from epmoe.cli.contest import gpus
@@ -24,7 +25,6 @@ from epmoe.kernels import sizes
 from epmoe.kernels.cuda import CudaOps
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
-from epmoe.kernels.ops import VERBS
 from epmoe.kernels.trace import spans
 from epmoe.shapes import shape
 
@@ -58,10 +58,6 @@ def batch(config, rows, kind, g):
     elif kind == "masked":
         ids[torch.rand(ids.shape, device="cuda") < 0.4] = -1
     return x, ids.contiguous(), torch.rand(rows, config.choices, device="cuda")
-
-
-def head_of(config):
-    return (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
 
 
 def check(group, name, config, rounds, **how):

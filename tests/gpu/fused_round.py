@@ -36,22 +36,23 @@ HEAD = (0, 0, 0, 0, 1, 0, 0, 0)
 
 
 class Alone:
-    """The words of a lane whose only rank is this one: a slab, a round number, a limit."""
+    """The words of a lane in this process: a slab, a round number, a limit; its only rank's."""
 
     ranks = 1
     rank = 0
 
     def __init__(self, nbytes, limit_s=4.0):
         self.slab = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+        self.slabs = [self.slab]  # of all ranks
         self.numbers = torch.tensor([1, 0, int(limit_s * 1e9)], device="cuda")
         self.report = torch.zeros(32, dtype=torch.uint8).pin_memory()
         self.gone = torch.zeros(8, dtype=torch.int32).pin_memory()
 
     def world(self):
         at = self.numbers.data_ptr()
-        slabs = [self.slab.data_ptr()] + [0] * 7
+        slabs = [slab.data_ptr() for slab in self.slabs] + [0] * (8 - self.ranks)
         pointers = (at, at + 8, self.report.data_ptr(), self.gone.data_ptr(), at + 16)
-        return struct.pack("<8Q5QII", *slabs, *pointers, 0, 0)
+        return struct.pack("<8Q5QII", *slabs, *pointers, self.rank, 0)
 
     def said(self):
         return struct.unpack("<IIIIQQ", self.report.numpy().tobytes())
