@@ -191,7 +191,7 @@ def compiled(
 ) -> CompiledKernel:
     """The kernel for this layer's shapes and offsets; needs no GPU."""
     ring = ring_blocks(config, ranks, grid, pullers, among or cuts(config, ranks))
-    at, pullers = placed.lanes[lane][layer], pullers or pullers_of(cut, ranks, grid)
+    at, pullers = placed.lanes[lane][layer], pullers or pullers_of(config, cut, ranks, grid)
     blocks = most_blocks(config, ranks)
     defines = round_constants(config, ranks, at, blocks=blocks, ring=ring, grid=grid) | {
         "COUNTED": int(counted),

@@ -14,6 +14,7 @@ from epmoe.kernels.gemm import BLOCK
 
 LAG = 2  # FC2 of a block comes so many tiles of each cluster that does not pull behind its FC1
 GROUP = 16  # cu/tiles.cuh
+NARROW = 1024  # an expert of at most so much inner width
 SPARE = 16  # blocks of the ring beyond those without which a round could wait for ever
 MOST_CELLS = 1 << 19  # a part of them is kept in shared memory (cu/tell.cuh)
 SHARED_POOLS = ("homes", "scale", "rows", "mid")
@@ -85,23 +86,25 @@ def cuts(config: MoEConfig, ranks: int) -> tuple[Cut, ...]:
     return tuple(dict.fromkeys(cut_of(config, ranks, c) for c in capacities))
 
 
-def pullers_of(cut: Cut, ranks: int, grid: int) -> int:
+def pullers_of(config: MoEConfig, cut: Cut, ranks: int, grid: int) -> int:
     """CTAs that pull rows before they multiply, whole clusters of 2, at most half of ``grid``.
 
     Where rows are few, nobody can multiply before they are there. On one or two ranks many choices
     of a row are here, and to write it for each takes longer than to fetch it (16 of MANY write 40
-    GB/s each); a link needs fewer.
-    Load of 8 in microseconds. 4 GPUs, 8 / 16 / 24 / 32: MANY: qwen3-30b at 2,048 rows 440 / 380 /
-    377 / 377, at 512 - / 142 / 146 / 147, dsv3 at 512 909 / 889 / 893 / 895; SOME: qwen3-235b at
-    128 212 / 206 / 206 / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 /
-    - / 79.8, gpt-oss at 128 - / 241 / - / 245. 2 GPUs, 16 / 24 / 32 / 48 / 64: MANY: qwen3-30b at
-    2,048 344 / 328 / 324 / 322 / 323, at 512 124 / 118 / 114 / 119 / 123, qwen3-235b at 512 329 /
-    322 / 316 / 315 / -; SOME: qwen3-30b at 128 73 / 71 / 70 / 69 / 75, qwen3-235b at 128 190 /
-    188 / 187 / 191 / 192; FEW: dsv3 at 128 714 / 710 / 707 / 704 / 705. One GPU, MANY: qwen3-30b
-    at 2,048 338 / - / 313 / 304 / 296, at 512 114 / - / 107 / 107 / 112.
+    GB/s each); a link needs fewer, and least where experts are so wide that products take longest.
+    Load of 8 in microseconds. One rank of eight, its peers ready (tests/gpu/one_of_eight.py),
+    16 / 24 / 32: MANY: qwen3-30b at 512 rows 140 / 140 / 145, at 2,048 390 / 377 / 385; qwen3-235b
+    at 512 337 / 332 / 337, at 2,048 1,024 / 1,048 / -; dsv3 at 512 856 / 860 / -; SOME and FEW: no
+    more than 1 % between 16 and 48.  4 GPUs, 8 / 16 / 24 / 32: SOME: qwen3-235b at 128 212 / 206 /
+    206 / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 / - / 79.8, gpt-oss
+    at 128 - / 241 / - / 245. 2 GPUs, 16 / 24 / 32 / 48 / 64: MANY: qwen3-30b at 2,048 344 / 328 /
+    324 / 322 / 323, at 512 124 / 118 / 114 / 119 / 123, qwen3-235b at 512 329 / 322 / 316 / 315 /
+    -; SOME: qwen3-30b at 128 73 / 71 / 70 / 69 / 75, qwen3-235b at 128 190 / 188 / 187 / 191 / 192;
+    FEW: dsv3 at 128 714 / 710 / 707 / 704 / 705. One GPU, MANY: qwen3-30b at 2,048 338 / - / 313 /
+    304 / 296, at 512 114 / - / 107 / 107 / 112.
     """
     if ranks > 2:
-        most = 16 if cut == MANY else 24
+        most = 16 if cut == MANY and config.inner > NARROW else 24
     else:
         most = 48 if cut == FEW or (cut == MANY and ranks == 1) else 32
     return min(most, grid // 4 * 2)
@@ -131,7 +134,7 @@ def ring_blocks(
 
     def ahead(cut: Cut) -> int:
         tiles_of_block = -(-up_columns(config) // (cut.columns * (1 if cut.tall else 2)))
-        return -(-lag(grid, pullers or pullers_of(cut, ranks, grid), cut) // tiles_of_block)
+        return -(-lag(grid, pullers or pullers_of(config, cut, ranks, grid), cut) // tiles_of_block)
 
     batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
     must = max(ahead(cut) for cut in among) + 2 * GROUP + batch

@@ -143,11 +143,14 @@ def test_the_ring_holds_what_must_be_under_way():
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("grid", [4, 6, 32, 132])
 def test_somebody_multiplies_on_a_part_of_a_gpu_too(grid, ranks):
+    dsv3, narrow = config("dsv3"), config("qwen3-30b")
     for cut in (FEW, SOME, MANY):
-        assert 2 <= pullers_of(cut, ranks, grid) <= grid // 2
-        assert pullers_of(cut, ranks, grid) % 2 == 0
-    assert pullers_of(FEW, 2, 132) == 48
-    assert pullers_of(MANY, 8, 132) == 16
+        for one in (dsv3, narrow):
+            assert 2 <= pullers_of(one, cut, ranks, grid) <= grid // 2
+            assert pullers_of(one, cut, ranks, grid) % 2 == 0
+    assert pullers_of(dsv3, FEW, 2, 132) == 48
+    assert pullers_of(dsv3, MANY, 8, 132) == 16
+    assert pullers_of(narrow, MANY, 8, 132) == 24
 
 
 def test_a_gpu_whose_processors_would_all_pull_is_refused_by_name(monkeypatch):

@@ -23,9 +23,11 @@ static_assert(AT_ONCE * PIECES * PIECE <= BATCH_BYTES + 16 * PIECES, "a batch do
 
 // What one warp pulls: lane n has row n / LANES of a batch, and there piece and choice n % LANES.
 //
-// Turns: slot by slot, sources in turn, beginning right of me, so that every link is busy and a
-// slot's first block is complete first.  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1) for a
-// slot: rank 1's row is row 0 of the slot, mine are rows 1 and 2.
+// Turns: a row each, slot by slot, so that a slot's first block is complete first; in a slot source by
+// source (source_of).  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1) for a slot: rank 1's row
+// is row 0 of the slot, mine are rows 1 and 2.  (One row of every source in turn left a turn empty
+// wherever a source had fewer rows than the longest: with eight ranks a third of them, of 16 rows three
+// quarters.)
 //
 // A batch is a run of turns, so that it needs few blocks of the ring; it is as short as lets all
 // warps have one.
@@ -33,15 +35,18 @@ struct Carrier {
     const World& world;
     const Private& mine;
     const Tables& t;
-    const u32 epoch, round, all;
+    const u32 epoch, round;
     const bool together;  // rows are pulled once, not once a choice
+    const int* const turns;
+    const u32 all;
     u32 step, turn;       // from one batch to the next; this lane's next turn, past all if it has none
     int slot = 0, left_slot = 0;
     bool broken = false;
-    // Which row is next, and where it goes if it is pulled for one choice.
+    // Which row is next: its cell, as its source says, and where it goes if it is pulled for one choice.
     bool aimed = false;
-    u32 entry = NOWHERE, source_rank = 0, cell = NOWHERE, row = NOWHERE;
+    u32 next = NOWHERE, row = NOWHERE;
     // The job of this lane: a row to read, if there is one, and where to write it, if anywhere.
+    u32 source = 0, cell = NOWHERE, sibling = NOT_THEIRS;
     u64 from = 0, to = 0;
     u32* done = nullptr;  // counts the row when it has landed
 
@@ -50,8 +55,8 @@ struct Carrier {
     // Warp `index` of `warps`.
     inline Carrier(const World& world, const Private& mine, const Tables& t, u32 epoch, u32 round,
                    u32 index, u32 warps)
-        : world(world), mine(mine), t(t), epoch(epoch), round(round),
-          all(t.turn[t.together()][LOCAL]), together(t.together()) {
+        : world(world), mine(mine), t(t), epoch(epoch), round(round), together(t.together()),
+          turns(together ? t.turn : t.row), all(turns[LOCAL]) {
         const u32 at = lane_index() / LANES;
         const u32 width = min(AT_ONCE, max((all + warps - 1) / warps, 1u));
         step = warps * width;
@@ -84,39 +89,40 @@ struct Carrier {
         return true;
     }
 
-    inline u32 source(u32 n) const { return (world.rank + 1 + n) % RANKS; }
-
     inline u32 rows_in(int slot, u32 block) const {  // `block` counted over all slots
         return min((u32)BLOCK, t.row[slot + 1] - t.row[slot] - (block - t.block[slot]) * BLOCK);
     }
 
-    // The row of the pool for entry j of the list of this slot from source n.
-    inline u32 row_of(u32 slot, u32 n, u32 j) const {
-        u32 row = t.block[slot] * BLOCK;  // and as many more as come before it, if each had its turn
-#pragma unroll 1
-        for (u32 i = 0; i < RANKS; ++i) row += min((u32)t.count[source(i)][slot], j + (i < n));
-        return row;
+    // The row of the pool for entry j of the source's list of this slot.
+    inline u32 row_of(u32 slot, u32 j) const {
+        return t.block[slot] * BLOCK + t.before[source][slot] + j;
     }
 
-    // Once a batch: which row is next.
+    // Once a batch, before the one before it is done with: its list entries take a microsecond to come.
     inline void aim() {
         if (aimed) return;
         aimed = true;
-        entry = row = NOWHERE;
         if (turn >= all) return;
-        slot = at_or_after(t.turn[together], slot, turn);
-        const u32 n = turn - t.turn[together][slot], j = n / RANKS;
-        source_rank = source(n);
-        if (j >= (u32)(together ? t.pulled : t.count)[source_rank][slot]) return;
-        entry = t.first[source_rank][slot] + j;
-        if (!together) row = row_of(slot, n % RANKS, j);
+        slot = at_or_after(turns, slot, turn);
+        const auto& rows = together ? t.pulled : t.count;
+        u32 nth = 0, j = turn - turns[slot];
+#pragma unroll
+        for (u32 n = 0; n + 1 < RANKS; ++n) {
+            const u32 these = rows[source_of(world, n)][slot];
+            const bool past = nth == n && j >= these;
+            nth += past;
+            j -= past ? these : 0;
+        }
+        source = source_of(world, nth);
+        row = row_of(slot, j);
+        next = at<u32>(world, world.rank, LISTS_AT)[(u64)source * CELLS + t.first[source][slot] + j];
     }
 
     // What was in the ring where the next batch goes is not needed any more.
     inline bool room() {
         if (together) return true;
         bool good = true;
-        if (row != NOWHERE && row / BLOCK >= RING) {
+        if (turn < all && row / BLOCK >= RING) {
             const u32 before = row / BLOCK - RING;
             left_slot = at_or_after(t.block, left_slot, before);
             good = load_acquire(progress(mine, epoch, WHOLE) + before) >=
@@ -125,56 +131,60 @@ struct Carrier {
         return __all_sync(~0u, good);
     }
 
-    // Which row comes next; `place` says where it goes, while it is on its way.
+    // Which row comes next.
     inline void take() {
         bool bad = false;
-        if (entry != NOWHERE) {
-            cell = at<u32>(world, world.rank, LISTS_AT)[(u64)source_rank * CELLS + entry];
+        if (turn < all) {
+            cell = next;
             bad = cell >= CELLS;
-            if (bad) fail(world, CORRUPT, source_rank, WORD_C, round, cell, 0);
-            else from = world.slab[source_rank] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
+            if (bad) fail(world, CORRUPT, source, WORD_C, round, cell, 0);
+            else from = world.slab[source] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
         }
         if (turn != NOWHERE) turn += step;
         aimed = false;
         broken = __any_sync(~0u, bad);
     }
 
+    // While it is on its way: where its choices go, of whom this lane has one.
+    inline void ask() {
+        if (!from || !together) return;
+        const u32 mate = lane_index() % LANES;
+        cell += mate - cell % CHOICES;
+        if (mate < CHOICES)
+            sibling = at<u32>(world, world.rank, SIBLINGS_AT)[(u64)source * CELLS + cell];
+    }
+
+    // When that is known: before the next `aim`.
     inline void place() {
         const u32 mate = lane_index() % LANES;
         bool bad = false;
         to = 0;
         done = nullptr;
         if (from) {
-            if (together) {
-                row = NOWHERE;
-                cell += mate - cell % CHOICES;
-                if (mate < CHOICES)
-                    bad = !find_place(
-                        at<u32>(world, world.rank, SIBLINGS_AT)[(u64)source_rank * CELLS + cell]);
-            } else if (mate) {
-                row = NOWHERE;
-            }
-            if (bad) fail(world, CORRUPT, source_rank, WORD_C, round, cell, 0);
-            else if (row != NOWHERE) send_to(row, cell);
+            if (together ? mate >= CHOICES : mate) row = NOWHERE;
+            else if (together) bad = !find_place();
+            if (bad) fail(world, CORRUPT, source, WORD_C, round, cell, 0);
+            else if (row != NOWHERE) send_to();
         }
         broken = __any_sync(~0u, bad);
     }
 
     // Where a choice of the row is in the pool.  False if that cannot be.
-    inline bool find_place(u32 sibling) {
+    inline bool find_place() {
+        row = NOWHERE;
         if (sibling == NOT_THEIRS) return true;
         const u32 slot = sibling >> 19, j = sibling & ((1 << 19) - 1);
-        if (slot >= LOCAL || j >= (u32)t.count[source_rank][slot]) return false;
-        row = row_of(slot, (source_rank + RANKS - world.rank - 1) % RANKS, j);
+        if (slot >= LOCAL || j >= (u32)t.count[source][slot]) return false;
+        row = row_of(slot, j);
         return true;
     }
 
-    inline void send_to(u32 row, u32 cell) {
+    inline void send_to() {
         const u32 place = in_ring(row / BLOCK) * BLOCK + row % BLOCK;
         to = reinterpret_cast<u64>(mine.rows) + (u64)place * RECORD;
         done = progress(mine, epoch, ARRIVED) + row / BLOCK;
-        mine.homes[place] = home_of(source_rank, cell);
-        if (WEIGHT_IN_FC2) mine.scale[place] = at<float>(world, source_rank, WEIGHTS_AT)[cell];
+        mine.homes[place] = home_of(source, cell);
+        if (WEIGHT_IN_FC2) mine.scale[place] = at<float>(world, source, WEIGHTS_AT)[cell];
     }
 };
 
@@ -236,10 +246,12 @@ inline void carry(Carrier& c, u32 base, u32 warp, Laps& laps) {
             bulk_load(stage + turn * BATCH_BYTES + start, reinterpret_cast<const void*>(c.from + start),
                       bytes, bar + turn * 8);
         __syncwarp();
+        c.ask();
         laps.lap(LOAD);
-        c.place();
-        laps.lap(FIND_ROWS);
         write();
+        c.place();
+        c.aim();
+        laps.lap(FIND_ROWS);
         bulk_wait<1>();
         count(written);
         written = coming ? done : nullptr;

@@ -101,15 +101,18 @@ inline int at_or_after(const int* before, int from, u32 n) {
     return low;
 }
 
+// The n-th rank that rows come from: each rank begins right of itself, so that every link is busy.
+inline u32 source_of(const World& world, u32 n) { return (world.rank + 1 + n) % RANKS; }
+
 // What a CTA that pulls knows of the round, in shared memory.
 struct Tables {
     int count[RANKS][LOCAL];
     int pulled[RANKS][LOCAL];   // of these, with siblings: those that rows are pulled for
     int first[RANKS][LOCAL];    // list entries of a source before each slot
+    int before[RANKS][LOCAL];   // rows of each slot from sources before this one
     int block[LOCAL + 1];       // blocks of the pool before each slot
     int row[LOCAL + 1];         // rows before each slot
-    int turn[2][LOCAL + 1];     // pull turns before each slot, RANKS times its longest source: when
-                                // every choice is pulled for itself; with siblings
+    int turn[LOCAL + 1];        // of these, with siblings: those that are pulled
 
     // Rows that come with a sibling may lie anywhere in the pool, so all of it must have memory.
     inline bool together() const { return RING == BLOCKS || block[LOCAL] <= RING; }
@@ -129,23 +132,22 @@ inline bool make_tables(const World& world, Tables& t, u32 round) {
     }
     if (!__syncthreads_and(good)) return false;
     const u32 warp = threadIdx.x / 32;
-    for (u32 job = warp; job < RANKS + 4; job += blockDim.x / 32) {
-        int* const sums = job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn[job == RANKS + 3];
+    for (u32 job = warp; job < RANKS + 3; job += blockDim.x / 32) {
+        int* const sums = job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn;
         int base = 0;
 #pragma unroll 1
         for (int from = 0; from < LOCAL; from += 32) {
             const int l = from + lane_index();
             int value = 0;
-            if (l < LOCAL) {
-                int sum = 0, most = 0;
-                for (int r = 0; r < RANKS; ++r) {
-                    const int n = job == RANKS + 3 ? t.pulled[r][l] : t.count[r][l];
-                    sum += n, most = max(most, n);
+            if (l < LOCAL && job < RANKS) {
+                value = t.count[job][l];
+            } else if (l < LOCAL) {
+                for (u32 n = 0; n < RANKS; ++n) {
+                    const u32 r = source_of(world, n);
+                    if (job == RANKS + 1) t.before[r][l] = value;
+                    value += job == RANKS + 2 ? t.pulled[r][l] : t.count[r][l];
                 }
-                value = job < RANKS       ? t.count[job][l]
-                        : job == RANKS     ? (sum + BLOCK - 1) / BLOCK
-                        : job == RANKS + 1 ? sum
-                                           : most * RANKS;
+                if (job == RANKS) value = (value + BLOCK - 1) / BLOCK;
             }
             const int sum = scanned(value);
             if (l < LOCAL) {
