@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -28,6 +27,7 @@ from fused_round import say, weights_of
 from there_and_back import head_of
 
 from epmoe import MoEConfig
+from epmoe.cli.race import COLD, SLEEP, WARM, described
 from epmoe.comm.layout import layout
 from epmoe.kernels import sizes
 from epmoe.kernels.cuda import laid_out
@@ -38,8 +38,6 @@ from epmoe.kernels.trace import spans
 from epmoe.kernels.transport import Transport
 from epmoe.kernels.transport import compiled as transport_kernels
 from epmoe.shapes import shape
-
-COLD, SLEEP, WARM = 256 << 20, 2_500_000, 3  # as epmoe/cli/race.py
 
 
 def word_of(round_, value):
@@ -137,8 +135,7 @@ def timed(sides, calls_of, rounds):
             if turn >= WARM:
                 taken[name].append([max(both) for both in zip(*us, strict=True)])
     return {
-        name: [round(statistics.median(part), 1) for part in zip(*t, strict=True)]
-        for name, t in taken.items()
+        name: [described(list(part)) for part in zip(*t, strict=True)] for name, t in taken.items()
     }
 
 
@@ -181,12 +178,13 @@ def rounds_of(name, rows, size, variants, asked):
         sides.append(side)
     first = [side.out[0].clone() for side in sides]
     found = {v: us[0] for v, us in timed(sides, calls, asked.rounds).items()}
+    medians = {v: us["median"] for v, us in found.items()}
     bad = any(n.faults([side.me]) for side in sides)
     same = all(torch.equal(a, side.out[0]) for a, side in zip(first, sides, strict=True))
-    say(name, rows, f"1 of {size}", "FAULT" if bad else "same" if same else "DIFFER", found)
+    say(name, rows, f"1 of {size}", "FAULT" if bad else "same" if same else "DIFFER", medians)
     if asked.trace:
         traced(sides, laid, how_of(variants[0]))
-    return {"shape": name, "rows": rows, "ranks": size, "us": found}
+    return {"shape": name, "rows": rows, "ranks": size, "us": found, "right": same and not bad}
 
 
 def traced(sides, laid, how):
@@ -223,8 +221,9 @@ def alone_of(rows, size, asked):
         sides.append(side)
     out, back = timed(sides, calls, asked.rounds)["alone"]
     bad = any(n.faults([side.me]) for side in sides)
-    say("dispatch and combine", rows, f"1 of {size}", "FAULT" if bad else "", out, back)
-    return {"alone": rows, "ranks": size, "us": {"dispatch": out, "combine": back}}
+    medians = out["median"], back["median"]
+    say("dispatch and combine", rows, f"1 of {size}", "FAULT" if bad else "", *medians)
+    return {"alone": rows, "ranks": size, "us": {"out": out, "back": back}, "right": not bad}
 
 
 def config_of(name, rows, size):
@@ -287,10 +286,18 @@ def main():
         for job in jobs:
             job.result()
     n.befriend()
-    found = [rounds_of(name, rows, asked.ranks, variants, asked) for name, rows, variants in todo]
-    found += [alone_of(rows, asked.ranks, asked) for rows in rows_alone]
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1))
+    found = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(0), "entries": []}
+    figures = [partial(alone_of, rows, asked.ranks, asked) for rows in rows_alone]
+    figures += [
+        partial(rounds_of, name, rows, asked.ranks, variants, asked)
+        for name, rows, variants in todo
+    ]
+    for figure in figures:
+        found["entries"].append(figure())
+        torch.cuda.empty_cache()
+        if asked.json:
+            asked.json.write_text(json.dumps(found, indent=1))
+    sys.exit(not all(one["right"] for one in found["entries"]))
 
 
 if __name__ == "__main__":
