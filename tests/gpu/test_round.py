@@ -188,6 +188,21 @@ def test_ranks_and_heaps_change_no_bit():
     assert len(set(seen.values())) == 1, seen
 
 
+def test_rounds_of_eight_ranks_that_share_the_gpus_change_no_bit():
+    """And name a rank that never comes; more ranks than GPUs, in one process."""
+    if reason := cuda.why_not():
+        pytest.skip(f"no cuda heap: {reason}")
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "neighbours.py"), "--ranks", "8", "--rounds", "3"],
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
 @both_heaps
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("way", ["killed", "killed_apart"])
