@@ -81,7 +81,7 @@ def show_layout(config: MoEConfig, ranks: int, *, as_json: bool) -> int:
         raise ValueError(f"--ranks must be at least 1, got {ranks}")
     config.slots_per_rank(ranks)  # refuses what open would refuse
     regions, total = table([config], ranks), layout([config], ranks).total
-    private = private_bytes(config, ranks) if refusal(config) is None else None
+    private = private_bytes(config, ranks) if refusal(config, ranks) is None else None
     if as_json:
         names = ("region", "at", "shape", "bytes")
         show_json(

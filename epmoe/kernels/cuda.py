@@ -46,7 +46,7 @@ class CudaOps:
         rows: int | None = None,
     ) -> None:
         """``rows``: what the pool holds; None: whatever routing can send here."""
-        if (refused := refusal(config)) is not None:
+        if (refused := refusal(config, words.ranks)) is not None:
             raise refused
         self.config, self.words = config, words
         ranks = self.ranks = words.ranks

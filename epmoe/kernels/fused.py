@@ -72,7 +72,7 @@ class FusedOps:
         ``cut``: of every round; None: what ``cut_of`` says of each.
         ``trace``: note what each role does when, in ``notes`` (cu/trace.cuh).
         """
-        if (refused := refusal(config)) is not None:
+        if (refused := refusal(config, words.ranks)) is not None:
             raise refused
         self.config, self._words = config, words
         self._cuts = cuts(config, words.ranks) if cut is None else (cut,)

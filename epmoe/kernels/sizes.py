@@ -35,7 +35,17 @@ class Cut:
 FEW, SOME, MANY = Cut(128, tall=True), Cut(128), Cut(256)
 
 
-def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
+def most_slots(ranks: int) -> int:
+    """Slots on all ranks together for which a CTA that pulls has room (cu/exchange.cuh Tables).
+
+    >>> [most_slots(ranks) for ranks in (1, 2, 4, 8)]
+    [559, 746, 892, 992]
+    """
+    words = (215040 - 201600) // 4  # of shared memory, from where rows lie to the first barrier
+    return (words - 2) // (3 * ranks + 3) * ranks
+
+
+def refusal(config: MoEConfig, ranks: int) -> EpmoeError | ValueError | None:
     """Why the CUDA kernels do not compute this layer; None if they do."""
     if config.dtype != "bf16" or config.format != "plain":
         return EpmoeError(
@@ -50,6 +60,10 @@ def refusal(config: MoEConfig) -> EpmoeError | ValueError | None:
         return ValueError(
             f"max_rows times choices must be at most {MOST_CELLS} on a GPU, "
             f"got {config.max_rows} x {config.choices}"
+        )
+    if config.places > most_slots(ranks):
+        return ValueError(
+            f"slots must be at most {most_slots(ranks)} on {ranks} GPUs, got {config.places}"
         )
     return None
 
@@ -136,7 +150,7 @@ def ring_blocks(
         tiles_of_block = -(-up_columns(config) // (cut.columns * (1 if cut.tall else 2)))
         return -(-lag(grid, pullers or pullers_of(config, cut, ranks, grid), cut) // tiles_of_block)
 
-    batch = min(32, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
+    batch = min(8, max(1, 14336 // (2 * config.hidden)))  # cu/carry.cuh AT_ONCE, at most
     must = max(ahead(cut) for cut in among) + 2 * GROUP + batch
     return min(most_blocks(config, ranks), max(must + SPARE, even_blocks(config, ranks)))
 

@@ -54,7 +54,7 @@ class Transport:
         trace: bool = False,
     ) -> None:
         """``trace``: as in ``FusedOps``; either launch writes its notes over the other's."""
-        if (refused := refusal(config)) is not None:
+        if (refused := refusal(config, words.ranks)) is not None:
             raise refused
         self.config, ranks = config, words.ranks
         self._next = "dispatch"

@@ -1,6 +1,6 @@
 """Rounds of up to eight ranks that share the GPUs of one process, bit for bit against one rank:
 
-python tests/gpu/neighbours.py [--ranks 8,4]
+python tests/gpu/neighbours.py [--ranks 8,4] [--tight]
 
 A rank is a slab, its words, a stream and a share of a GPU's processors, so that all ranks run at a
 time.  That checks what a kernel of many ranks computes.  It does not check how descriptors travel,
@@ -10,9 +10,11 @@ and where all ranks share one GPU nothing crosses a link.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import sys
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,10 +37,10 @@ from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps
 from epmoe.kernels.fused import compiled as fused_kernel
+from epmoe.kernels.gemm import processors_of
 from epmoe.kernels.transport import Transport
 from epmoe.kernels.transport import compiled as transport_kernels
 
-PROCESSORS = 132  # of an H200
 LATE = 400_000  # clock cycles, 0.2 ms
 APART = replace(SMALL, experts=32, choices=6, hidden=2880, max_rows=200)
 
@@ -49,7 +51,13 @@ def device_of(rank):
 
 def share(ranks, gpus):
     """Processors of each rank, whole clusters."""
-    return PROCESSORS // -(-ranks // gpus) // 2 * 2
+    return processors_here() // -(-ranks // gpus) // 2 * 2
+
+
+@functools.cache
+def processors_here():
+    """Of a GPU; of an H200 where there is none."""
+    return processors_of(0) if torch.cuda.is_available() else 132
 
 
 @contextmanager
@@ -122,15 +130,25 @@ class Whole:
         return out.split([len(b[0]) for b in batches])
 
 
-def drawn(config, ranks, rng):
-    """A batch of each rank, on its GPU; all of one kind."""
-    kind, found = rng.choice(["any", "any", "any", "one", "masked", "none"]), []
+KINDS = ("full", "masked", "one", "skewed", "any", "none")
+
+
+def drawn(config, ranks, rng, kind):
+    """A batch of each rank, on its GPU."""
+    found = []
     for one in ranks:
         rows = rng.choice([0, 1, config.max_rows // 3, config.max_rows, config.max_rows])
+        if kind == "full":
+            rows = config.max_rows
         with torch.cuda.device(one.device):
-            found.append(batch(config, rows, kind, rng))
+            x, ids, weights = batch(config, rows, kind, rng)
+            if kind == "skewed":  # half of all choices to the last rank's slots
+                last = config.experts - config.slots_per_rank(len(ranks))
+                to = torch.randint_like(ids, last, config.experts)
+                ids = torch.where(torch.rand(ids.shape, device="cuda") < 0.5, to, ids)
+            found.append((x, ids, weights))
     finish()
-    return kind, found
+    return found
 
 
 def together(ranks, rng, calls):
@@ -145,8 +163,9 @@ def together(ranks, rng, calls):
 
 def check(name, config, size, rounds, **how):
     """Rounds in one launch against one rank's; how many differed."""
-    torch.manual_seed(1)
-    rng, wrong, gpus = random.Random(1), [], torch.cuda.device_count()
+    seed = zlib.crc32(repr((name, size, how)).encode())
+    torch.manual_seed(seed)
+    rng, wrong, gpus = random.Random(seed), [], torch.cuda.device_count()
     placed, grid = layout([config], size), share(size, gpus)
     ranks, weights = neighbours(size, placed.total), weights_of(config)
     whole = Whole(config, size, weights)
@@ -157,7 +176,8 @@ def check(name, config, size, rounds, **how):
             ops.adopt(slots_of(config, weights, one.rank, size))
             made.append(ops)
     for i in range(rounds):
-        kind, batches = drawn(config, ranks, rng)
+        kind = KINDS[i % len(KINDS)]
+        batches = drawn(config, ranks, rng, kind)
         want = whole(batches)
         have = [torch.full_like(b[0], float("nan")) for b in batches]
         finish()
@@ -190,8 +210,8 @@ def check_alone(config, size, rounds):
     for one in ranks:
         with one.at_work(), processors(grid):
             made.append(Transport(config, placed, layer=0, lane=0, words=one.words))
-    for _ in range(rounds):
-        _, batches = drawn(config, ranks, rng)
+    for i in range(rounds):
+        batches = drawn(config, ranks, rng, KINDS[i % len(KINDS)])
         have = [torch.full_like(b[0], float("nan")) for b in batches]
         asked = torch.cat([b[1].to("cuda:0") for b in batches])
         finish()
@@ -263,7 +283,11 @@ def main():
     parser.add_argument("--ranks", default="8,4")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--tight", action="store_true", help="no more ring than must be")
     asked = parser.parse_args()
+    if asked.tight:
+        sizes.SPARE = 0
+        sizes.even_blocks = lambda config, ranks: 0
     gpus, sizes_asked = torch.cuda.device_count(), [int(n) for n in asked.ranks.split(",")]
     all_cuts = (sizes.FEW, sizes.SOME, sizes.MANY)
     ways = [{"cut": cut, "counted": counted} for cut in all_cuts for counted in (True, False)]

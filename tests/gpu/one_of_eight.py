@@ -66,7 +66,7 @@ class Side:
             self.cold = torch.zeros(COLD // 4, dtype=torch.int32, device="cuda")
 
     def processors(self, rank):
-        return n.processors(n.PROCESSORS if rank == 0 else n.share(self.size - 1, 1))
+        return n.processors(n.processors_here() if rank == 0 else n.share(self.size - 1, 1))
 
     def call(self, ops, verb, rank):
         x, ids, weights = self.batches[rank]
@@ -242,7 +242,7 @@ def build(kind, *what):
     if kind == "alone":
         rows, size = what
         config = transport_config(rows, size)
-        for grid in (n.PROCESSORS, n.share(size - 1, 1)):
+        for grid in (n.processors_here(), n.share(size - 1, 1)):
             transport_kernels(config, size, layout([config], size), 0, 0, grid=grid)
         return
     name, rows, size, variant, how = what

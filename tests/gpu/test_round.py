@@ -194,7 +194,7 @@ def test_rounds_of_eight_ranks_that_share_the_gpus_change_no_bit():
         pytest.skip(f"no cuda heap: {reason}")
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(HERE / "neighbours.py"), "--ranks", "8", "--rounds", "3"],
+        [sys.executable, str(HERE / "neighbours.py"), "--ranks", "8"],
         env=os.environ | {"PYTHONPATH": path},
         check=False,
         capture_output=True,

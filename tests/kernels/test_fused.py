@@ -20,8 +20,10 @@ from epmoe.kernels.sizes import (
     cut_of,
     cuts,
     most_blocks,
+    most_slots,
     private_bytes,
     pullers_of,
+    refusal,
     ring_blocks,
 )
 
@@ -122,6 +124,20 @@ def test_memory_does_not_grow_with_what_routing_could_send(shape, rows, heap, pr
     if shape == "qwen3-30b":
         assert slab + work <= 150e6
     assert most_blocks(one, 8) >= 8 * rows * 8 // 128  # all of it on one rank
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_most_slots_have_room_and_one_more_is_refused_by_name(ranks):
+    most, cut = most_slots(ranks), FEW  # the cut with least room; rows of 8 a batch take most of it
+    assert most >= 512
+    for hidden, choices in ((64, 1), (7168, 8)):
+        layer = MoEConfig(
+            experts=most, choices=choices, hidden=hidden, inner=64, max_rows=8, heap="cuda"
+        )
+        assert refusal(layer, ranks) is None
+        compiled(layer, ranks, layout([layer], ranks), 0, 0, cut=cut, among=(cut,))
+    more = MoEConfig(experts=most + ranks, choices=1, hidden=64, inner=64, max_rows=8, heap="cuda")
+    assert f"slots must be at most {most} on {ranks} GPUs" in str(refusal(more, ranks))
 
 
 def test_a_slot_named_twice_has_room_for_both():

@@ -16,7 +16,8 @@ constexpr u32 PIECES = (RECORD + 7167) / 7168;
 constexpr u32 PIECE = (RECORD + PIECES * 16 - 1) / (PIECES * 16) * 16;
 constexpr u32 FIT = BATCH_BYTES / (PIECE * PIECES) ? BATCH_BYTES / (PIECE * PIECES) : 1;
 constexpr u32 LANES = CHOICES > PIECES ? CHOICES : PIECES;
-constexpr u32 AT_ONCE = FIT * LANES > 32 ? 32 / LANES : FIT;  // rows of a batch
+constexpr u32 MOST = LANES > 4 ? 32 / LANES : 8;
+constexpr u32 AT_ONCE = FIT < MOST ? FIT : MOST;  // rows of a batch
 constexpr u32 CARRY_BARS = CARRIERS * CARRY_BYTES;            // one barrier a row and half
 constexpr u32 CARRY_SHARED = CARRY_BARS + CARRIERS * 2 * AT_ONCE * 8;
 static_assert(AT_ONCE * PIECES * PIECE <= BATCH_BYTES + 16 * PIECES, "a batch does not fit");
@@ -37,7 +38,6 @@ struct Carrier {
     const Tables& t;
     const u32 epoch, round;
     const bool together;  // rows are pulled once, not once a choice
-    const int* const turns;
     const u32 all;
     u32 step, turn;       // from one batch to the next; this lane's next turn, past all if it has none
     int slot = 0, left_slot = 0;
@@ -46,7 +46,7 @@ struct Carrier {
     bool aimed = false;
     u32 next = NOWHERE, row = NOWHERE;
     // The job of this lane: a row to read, if there is one, and where to write it, if anywhere.
-    u32 source = 0, cell = NOWHERE, sibling = NOT_THEIRS;
+    u32 nth = 0, cell = NOWHERE, sibling = NOT_THEIRS;  // of the n-th source
     u64 from = 0, to = 0;
     u32* done = nullptr;  // counts the row when it has landed
 
@@ -56,7 +56,7 @@ struct Carrier {
     inline Carrier(const World& world, const Private& mine, const Tables& t, u32 epoch, u32 round,
                    u32 index, u32 warps)
         : world(world), mine(mine), t(t), epoch(epoch), round(round), together(t.together()),
-          turns(together ? t.turn : t.row), all(turns[LOCAL]) {
+          all(t.turn[LOCAL]) {
         const u32 at = lane_index() / LANES;
         const u32 width = min(AT_ONCE, max((all + warps - 1) / warps, 1u));
         step = warps * width;
@@ -89,13 +89,15 @@ struct Carrier {
         return true;
     }
 
+    inline u32 source() const { return source_of(world, nth); }
+
     inline u32 rows_in(int slot, u32 block) const {  // `block` counted over all slots
-        return min((u32)BLOCK, t.row[slot + 1] - t.row[slot] - (block - t.block[slot]) * BLOCK);
+        return min((u32)BLOCK, t.before[RANKS][slot] - (block - t.block[slot]) * BLOCK);
     }
 
     // The row of the pool for entry j of the source's list of this slot.
     inline u32 row_of(u32 slot, u32 j) const {
-        return t.block[slot] * BLOCK + t.before[source][slot] + j;
+        return t.block[slot] * BLOCK + t.before[nth][slot] + j;
     }
 
     // Once a batch, before the one before it is done with: its list entries take a microsecond to come.
@@ -103,19 +105,18 @@ struct Carrier {
         if (aimed) return;
         aimed = true;
         if (turn >= all) return;
-        slot = at_or_after(turns, slot, turn);
-        const auto& rows = together ? t.pulled : t.count;
-        u32 nth = 0, j = turn - turns[slot];
+        slot = at_or_after(t.turn, slot, turn);
+        u32 j = turn - t.turn[slot];
+        nth = 0;
 #pragma unroll
         for (u32 n = 0; n + 1 < RANKS; ++n) {
-            const u32 these = rows[source_of(world, n)][slot];
+            const u32 these = together ? t.pulled[n][slot] : t.count(n, slot);
             const bool past = nth == n && j >= these;
             nth += past;
             j -= past ? these : 0;
         }
-        source = source_of(world, nth);
         row = row_of(slot, j);
-        next = at<u32>(world, world.rank, LISTS_AT)[(u64)source * CELLS + t.first[source][slot] + j];
+        next = at<u32>(world, world.rank, LISTS_AT)[(u64)source() * CELLS + t.first[nth][slot] + j];
     }
 
     // What was in the ring where the next batch goes is not needed any more.
@@ -137,8 +138,8 @@ struct Carrier {
         if (turn < all) {
             cell = next;
             bad = cell >= CELLS;
-            if (bad) fail(world, CORRUPT, source, WORD_C, round, cell, 0);
-            else from = world.slab[source] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
+            if (bad) fail(world, CORRUPT, source(), WORD_C, round, cell, 0);
+            else from = world.slab[source()] + ROWS_AT + (u64)(cell / CHOICES) * RECORD;
         }
         if (turn != NOWHERE) turn += step;
         aimed = false;
@@ -151,7 +152,7 @@ struct Carrier {
         const u32 mate = lane_index() % LANES;
         cell += mate - cell % CHOICES;
         if (mate < CHOICES)
-            sibling = at<u32>(world, world.rank, SIBLINGS_AT)[(u64)source * CELLS + cell];
+            sibling = at<u32>(world, world.rank, SIBLINGS_AT)[(u64)source() * CELLS + cell];
     }
 
     // When that is known: before the next `aim`.
@@ -163,7 +164,7 @@ struct Carrier {
         if (from) {
             if (together ? mate >= CHOICES : mate) row = NOWHERE;
             else if (together) bad = !find_place();
-            if (bad) fail(world, CORRUPT, source, WORD_C, round, cell, 0);
+            if (bad) fail(world, CORRUPT, source(), WORD_C, round, cell, 0);
             else if (row != NOWHERE) send_to();
         }
         broken = __any_sync(~0u, bad);
@@ -174,7 +175,7 @@ struct Carrier {
         row = NOWHERE;
         if (sibling == NOT_THEIRS) return true;
         const u32 slot = sibling >> 19, j = sibling & ((1 << 19) - 1);
-        if (slot >= LOCAL || j >= (u32)t.count[source][slot]) return false;
+        if (slot >= LOCAL || j >= (u32)t.count(nth, slot)) return false;
         row = row_of(slot, j);
         return true;
     }
@@ -183,8 +184,8 @@ struct Carrier {
         const u32 place = in_ring(row / BLOCK) * BLOCK + row % BLOCK;
         to = reinterpret_cast<u64>(mine.rows) + (u64)place * RECORD;
         done = progress(mine, epoch, ARRIVED) + row / BLOCK;
-        mine.homes[place] = home_of(source, cell);
-        if (WEIGHT_IN_FC2) mine.scale[place] = at<float>(world, source, WEIGHTS_AT)[cell];
+        mine.homes[place] = home_of(source(), cell);
+        if (WEIGHT_IN_FC2) mine.scale[place] = at<float>(world, source(), WEIGHTS_AT)[cell];
     }
 };
 

@@ -27,5 +27,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     laps.end();
     if (blockIdx.x) return;
     const Tables& t = *reinterpret_cast<const Tables*>(shared + TABLES_AT);
-    for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) slot_rows[l] = good ? t.row[l + 1] - t.row[l] : 0;
+    for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) slot_rows[l] = good ? t.before[RANKS][l] : 0;
 }

@@ -104,65 +104,78 @@ inline int at_or_after(const int* before, int from, u32 n) {
 // The n-th rank that rows come from: each rank begins right of itself, so that every link is busy.
 inline u32 source_of(const World& world, u32 n) { return (world.rank + 1 + n) % RANKS; }
 
-// What a CTA that pulls knows of the round, in shared memory.
+// What a CTA that pulls knows of the round, in shared memory; n counts sources as source_of does.
 struct Tables {
-    int count[RANKS][LOCAL];
-    int pulled[RANKS][LOCAL];   // of these, with siblings: those that rows are pulled for
-    int first[RANKS][LOCAL];    // list entries of a source before each slot
-    int before[RANKS][LOCAL];   // rows of each slot from sources before this one
-    int block[LOCAL + 1];       // blocks of the pool before each slot
-    int row[LOCAL + 1];         // rows before each slot
-    int turn[LOCAL + 1];        // of these, with siblings: those that are pulled
+    int pulled[RANKS][LOCAL];      // [n][slot] rows to pull, where rows come with their siblings
+    int first[RANKS][LOCAL];       // [n][slot] entries of the source's list before the slot's
+    int before[RANKS + 1][LOCAL];  // [n][slot] rows of the slot from sources before; at last, from all
+    int block[LOCAL + 1];          // blocks of the pool before each slot
+    int turn[LOCAL + 1];           // rows to pull before each slot
 
     // Rows that come with a sibling may lie anywhere in the pool, so all of it must have memory.
-    inline bool together() const { return RING == BLOCKS || block[LOCAL] <= RING; }
+    static inline bool fits(int blocks) { return RING == BLOCKS || blocks <= (int)RING; }
+    inline bool together() const { return fits(block[LOCAL]); }
+    inline int count(u32 n, int slot) const { return before[n + 1][slot] - before[n][slot]; }
+    inline int blocks(int slot) const { return (before[RANKS][slot] + BLOCK - 1) / BLOCK; }
 };
 
 // All threads of the CTA.  False if a count cannot be or does not match the word it came with.
 inline bool make_tables(const World& world, Tables& t, u32 round) {
     bool good = true;
-    for (int i = threadIdx.x; i < SLOTS; i += blockDim.x) {
-        const int r = i / LOCAL, l = i % LOCAL;
-        const int n = at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + world.rank * LOCAL + l];
-        const int pulled = at<int>(world, world.rank, PULLED_AT)[i];
-        t.count[r][l] = n;
-        t.pulled[r][l] = pulled;
-        if (n < 0 || n > (int)CELLS || pulled < 0 || pulled > n)
-            good = fail(world, CORRUPT, r, WORD_C, round, (u64)pulled << 32 | (u32)n, 0);
+#pragma unroll 1
+    for (int l = threadIdx.x; l < LOCAL; l += blockDim.x) {
+        int counts[RANKS], pulled[RANKS], sum = 0;
+#pragma unroll
+        for (u32 n = 0; n < RANKS; ++n) {
+            const u32 r = source_of(world, n);
+            counts[n] = at<int>(world, world.rank, COUNTS_AT)[r * SLOTS + world.rank * LOCAL + l];
+            pulled[n] = at<int>(world, world.rank, PULLED_AT)[r * LOCAL + l];
+        }
+#pragma unroll
+        for (u32 n = 0; n < RANKS; ++n) {
+            t.pulled[n][l] = pulled[n];
+            t.before[n][l] = sum;
+            sum += counts[n];
+            if (counts[n] < 0 || counts[n] > (int)CELLS || pulled[n] < 0 || pulled[n] > counts[n])
+                good = fail(world, CORRUPT, source_of(world, n), WORD_C, round,
+                            (u64)pulled[n] << 32 | (u32)counts[n], 0);
+        }
+        t.before[RANKS][l] = sum;
     }
     if (!__syncthreads_and(good)) return false;
     const u32 warp = threadIdx.x / 32;
-    for (u32 job = warp; job < RANKS + 3; job += blockDim.x / 32) {
-        int* const sums = job == RANKS ? t.block : job == RANKS + 1 ? t.row : t.turn;
+#pragma unroll 1
+    for (u32 job = warp; job < RANKS + 2; job += blockDim.x / 32) {
+        int* const sums = job < RANKS ? t.first[job] : job == RANKS ? t.block : t.turn;
+        bool together = true;
+        if (RING < BLOCKS && job == RANKS + 1) {
+            int blocks = 0;
+            for (int l = lane_index(); l < LOCAL; l += 32) blocks += t.blocks(l);
+            together = Tables::fits(__reduce_add_sync(~0u, blocks));
+        }
         int base = 0;
 #pragma unroll 1
         for (int from = 0; from < LOCAL; from += 32) {
             const int l = from + lane_index();
             int value = 0;
-            if (l < LOCAL && job < RANKS) {
-                value = t.count[job][l];
-            } else if (l < LOCAL) {
-                for (u32 n = 0; n < RANKS; ++n) {
-                    const u32 r = source_of(world, n);
-                    if (job == RANKS + 1) t.before[r][l] = value;
-                    value += job == RANKS + 2 ? t.pulled[r][l] : t.count[r][l];
-                }
-                if (job == RANKS) value = (value + BLOCK - 1) / BLOCK;
-            }
+            if (l >= LOCAL) value = 0;
+            else if (job < RANKS) value = t.count(job, l);
+            else if (job == RANKS) value = t.blocks(l);
+            else if (!together) value = t.before[RANKS][l];
+            else
+                for (u32 n = 0; n < RANKS; ++n) value += t.pulled[n][l];
             const int sum = scanned(value);
-            if (l < LOCAL) {
-                if (job < RANKS) t.first[job][l] = base + sum - value;
-                else sums[l + 1] = base + sum;
-            }
+            if (l < LOCAL) sums[l] = base + sum - value;
             base += __shfl_sync(~0u, sum, 31);
         }
         if (lane_index() == 0) {
             if (job < RANKS) {
-                const u32 asked = (u32)load_acquire_system(cell_of(world, world.rank, WORD_C, job));
-                if (base != (int)(asked & 0x7fffffff))
-                    good = fail(world, CORRUPT, job, WORD_C, round, asked, 0);
+                const u32 r = source_of(world, job);
+                const u32 asked = (u32)load_acquire_system(cell_of(world, world.rank, WORD_C, r));
+                if (base != (int)(asked & 0x7fffffff) || base > (int)CELLS)
+                    good = fail(world, CORRUPT, r, WORD_C, round, asked, 0);
             } else {
-                sums[0] = 0;
+                sums[LOCAL] = base;
             }
         }
     }

@@ -1,0 +1,2 @@
+// Tiles are not found here.
+#pragma once
