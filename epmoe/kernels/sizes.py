@@ -105,11 +105,11 @@ def pullers_of(config: MoEConfig, cut: Cut, ranks: int, grid: int) -> int:
 
     Where rows are few, nobody can multiply before they are there. On one or two ranks many choices
     of a row are here, and to write it for each takes longer than to fetch it (16 of MANY write 40
-    GB/s each); a link needs fewer, and least where experts are so wide that products take longest.
+    GB/s each); a link needs fewer, and fewest where experts are wide and products take long.
     Load of 8 in microseconds. One rank of eight, its peers ready (tests/gpu/one_of_eight.py),
-    16 / 24 / 32: MANY: qwen3-30b at 512 rows 140 / 140 / 145, at 2,048 390 / 377 / 385; qwen3-235b
-    at 512 337 / 332 / 337, at 2,048 1,024 / 1,048 / -; dsv3 at 512 856 / 860 / -; SOME and FEW: no
-    more than 1 % between 16 and 48.  4 GPUs, 8 / 16 / 24 / 32: SOME: qwen3-235b at 128 212 / 206 /
+    16 / 24 / 32: MANY: qwen3-30b at 512 rows 140 / 141 / 144, at 2,048 388 / 376 / 386; qwen3-235b
+    at 512 338 / 333 / 337, at 2,048 1,024 / 1,048 / -; dsv3 at 512 856 / 860 / -; SOME: qwen3-30b
+    at 128 76.4 / 76.0 / 76.7.  4 GPUs, 8 / 16 / 24 / 32: SOME: qwen3-235b at 128 212 / 206 /
     206 / 210, qwen3-30b at 128 97 / 96 / 95 / 95; FEW: qwen3-30b at 64 - / 80.6 / - / 79.8, gpt-oss
     at 128 - / 241 / - / 245. 2 GPUs, 16 / 24 / 32 / 48 / 64: MANY: qwen3-30b at 2,048 344 / 328 /
     324 / 322 / 323, at 512 124 / 118 / 114 / 119 / 123, qwen3-235b at 512 329 / 322 / 316 / 315 /

@@ -95,8 +95,16 @@ def check(group, name, config, rounds, **how):
     return not wrong
 
 
-def build(config, ranks, how):
+def tighten():
+    """No more ring than must be, in this process."""
+    sizes.SPARE = 0
+    sizes.even_blocks = lambda config, ranks: 0
+
+
+def build(config, ranks, how, tight):
     """Fill the file cache with what a check needs."""
+    if tight:
+        tighten()
     placed = layout([config], ranks)
     compiled(config, ranks, placed, 0, 0, among=(how["cut"],), **how)
     split_kernels(config, ranks, placed, 0, 0)
@@ -157,13 +165,13 @@ def main():
     asked = parser.parse_args()
     ranks = asked.ranks or gpus()
     if asked.tight:
-        sizes.SPARE = 0
-        sizes.even_blocks = lambda config, ranks: 0
+        tighten()
     all_cuts = (sizes.FEW, sizes.SOME, sizes.MANY)
     ways = [{"cut": cut, "counted": counted} for cut in all_cuts for counted in (False, True)]
     todo = {n: replace(SMALL, **CASES[n]) for n in asked.cases.split(",") if n}
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:
-        jobs = [pool.submit(build, c, ranks, how) for c in todo.values() for how in ways]
+        given = [(c, ranks, how, asked.tight) for c in todo.values() for how in ways]
+        jobs = [pool.submit(build, *one) for one in given]
         for job in jobs:
             job.result()
 

@@ -27,7 +27,7 @@ from unittest import mock
 os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
 
 import torch
-from fused_ranks import CASES, SMALL, batch
+from fused_ranks import CASES, SMALL, batch, tighten
 from fused_round import Alone, say, weights_of
 from there_and_back import came_back, head_of, turned, were_asked
 
@@ -267,8 +267,10 @@ def check_missing(config, size):
     return good
 
 
-def build(config, size, grid, how):
+def build(config, size, grid, how, tight):
     """Fill the file cache with what a check needs."""
+    if tight:
+        tighten()
     placed = layout([config], size)
     if how is None:
         transport_kernels(config, size, placed, 0, 0, grid=grid)
@@ -286,8 +288,7 @@ def main():
     parser.add_argument("--tight", action="store_true", help="no more ring than must be")
     asked = parser.parse_args()
     if asked.tight:
-        sizes.SPARE = 0
-        sizes.even_blocks = lambda config, ranks: 0
+        tighten()
     gpus, sizes_asked = torch.cuda.device_count(), [int(n) for n in asked.ranks.split(",")]
     all_cuts = (sizes.FEW, sizes.SOME, sizes.MANY)
     ways = [{"cut": cut, "counted": counted} for cut in all_cuts for counted in (True, False)]
@@ -295,7 +296,7 @@ def main():
     apart = [replace(APART, weight_in=where) for where in ("reduce", "fc2")]
     with ProcessPoolExecutor(16, get_context("spawn")) as pool:
         jobs = [
-            pool.submit(build, config, size, share(size, gpus), how)
+            pool.submit(build, config, size, share(size, gpus), how, asked.tight)
             for size in sizes_asked
             for configs, hows in ((todo.values(), ways), (apart, [None]))
             for config in configs

@@ -27,7 +27,7 @@ static_assert(AT_ONCE * PIECES * PIECE <= BATCH_BYTES + 16 * PIECES, "a batch do
 // Turns: a row each, slot by slot, so that a slot's first block is complete first; in a slot source by
 // source (source_of).  Example, 2 ranks, rank 0, counts 2 (me) and 1 (rank 1) for a slot: rank 1's row
 // is row 0 of the slot, mine are rows 1 and 2.  (One row of every source in turn left a turn empty
-// wherever a source had fewer rows than the longest: with eight ranks 24 % of qwen3-30b's at 512 rows, 64
+// wherever a source had fewer rows than the longest: with eight ranks 24 % of qwen3-30b's at 512 rows, 65
 // at 16.)
 //
 // A batch is a run of turns, so that it needs few blocks of the ring; it is as short as lets all
