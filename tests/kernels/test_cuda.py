@@ -1,5 +1,7 @@
 """The split verbs compile for every shape of the house, without spills; no GPU is needed."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("cuda.core")
@@ -60,5 +62,5 @@ def test_what_the_kernels_do_not_compute_is_refused_by_name():
         experts=8, choices=2, hidden=256, inner=64, max_rows=8, dtype="fp32", heap="cuda"
     )
     with pytest.raises(EpmoeError, match="plain bf16, got plain fp32"):
-        CudaOps(config, layout([config], 1), layer=0, lane=0, words=None)
+        CudaOps(config, layout([config], 1), layer=0, lane=0, words=SimpleNamespace(ranks=1))
     assert cuda.MOVER_SHARED <= 227 * 1024  # the most a block of Hopper may have

@@ -1,5 +1,7 @@
 """Dispatch and combine alone compile for every shape, without spills; no GPU is needed."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("cuda.core")
@@ -42,4 +44,4 @@ def test_what_the_kernels_do_not_move_is_refused_by_name():
         experts=8, choices=2, hidden=256, inner=64, max_rows=8, dtype="fp32", heap="cuda"
     )
     with pytest.raises(EpmoeError, match="plain bf16, got plain fp32"):
-        Transport(config, layout([config], 1), layer=0, lane=0, words=None)
+        Transport(config, layout([config], 1), layer=0, lane=0, words=SimpleNamespace(ranks=1))
