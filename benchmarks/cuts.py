@@ -34,7 +34,7 @@ from epmoe.kernels import sizes
 from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
-from epmoe.kernels.ops import VERBS
+from epmoe.kernels.ops import forward_head
 from epmoe.shapes import shape
 
 CUTS = {name: getattr(sizes, name) for name in ("FEW", "SOME", "MANY")}
@@ -91,7 +91,7 @@ def timed(group: Group, race: Race, case: Case, of: int, rounds: int) -> dict[st
     config = case.config(group.size, of)
     held = laid_out(config, weights(config, group, 0))
     drawn = Drawn.make(config, group, case.rows, skew=0.0, seed=0)
-    slots, head = drawn.ids.to(torch.int32), (0, VERBS.index("forward"), case.rows, 0, 1, 0, 0, 0)
+    slots, head = drawn.ids.to(torch.int32), forward_head(case.rows)
     with MoE.open(config, group) as moe:
         runtime = moe._runtime
         words: Any = runtime.lanes[0].words

@@ -22,7 +22,7 @@ from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.kernels.cuda import CudaOps
 from epmoe.kernels.gemm import BLOCK
-from epmoe.kernels.ops import VERBS
+from epmoe.kernels.ops import forward_head
 from epmoe.kernels.sizes import most_blocks, private_bytes
 from epmoe.moe import MoE
 
@@ -201,14 +201,10 @@ def _split(moe: MoE, config: MoEConfig, held: Mapping[str, Tensor]) -> CudaOps:
     return split
 
 
-def _head(config: MoEConfig) -> tuple[int, ...]:
-    return (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
-
-
 def _by_verbs(split: CudaOps, drawn: Drawn) -> Tensor:
     out = torch.empty_like(drawn.x)
     slots = drawn.ids.to(torch.int32)
-    split.round(drawn.x, slots, drawn.weights, _head(split.config), out)
+    split.round(drawn.x, slots, drawn.weights, forward_head(split.config.max_rows), out)
     return out
 
 
@@ -216,7 +212,12 @@ def _verbs(split: CudaOps, drawn: Drawn) -> tuple[tuple[str, Callable[[], Any]],
     """The split path's launches, one by one, in order."""
     slots, out = drawn.ids.to(torch.int32), torch.empty_like(drawn.x)
     return (
-        ("stage", partial(split.stage, drawn.x, slots, drawn.weights, _head(split.config))),
+        (
+            "stage",
+            partial(
+                split.stage, drawn.x, slots, drawn.weights, forward_head(split.config.max_rows)
+            ),
+        ),
         ("pull", split.pull),
         ("experts", split.ffn),
         ("push", split.push),

@@ -19,7 +19,7 @@ from epmoe.cli.tables import show, show_json
 from epmoe.comm.group import Group
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
-from epmoe.kernels.ops import VERBS
+from epmoe.kernels.ops import forward_head
 from epmoe.kernels.transport import Transport
 from epmoe.runtime import Runtime
 
@@ -64,7 +64,7 @@ def run(
         with group.guarded("compile the kernels", LIMIT_S):
             ours = Transport(config, runtime.placed, layer=0, lane=0, words=words)  # type: ignore[arg-type]
         slots, out = drawn.ids.to(torch.int32), torch.empty_like(drawn.x)
-        head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
+        head = forward_head(config.max_rows)
 
         def dispatch() -> None:
             ours.dispatch(drawn.x, slots, drawn.weights, head)

@@ -26,7 +26,7 @@ from epmoe.comm.words import Words
 from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.kernels.fused import FusedOps
-from epmoe.kernels.ops import VERBS
+from epmoe.kernels.ops import forward_head
 from epmoe.kernels.trace import decode
 from epmoe.moe import MoE
 from epmoe.shapes import SHAPES, shape
@@ -153,7 +153,7 @@ def _fused(moe: MoE, config: MoEConfig, held: Mapping[str, Tensor], *, trace: bo
 
 def _round(fused: FusedOps, drawn: Drawn) -> Tensor:
     out = torch.empty_like(drawn.x)
-    head = (0, VERBS.index("forward"), fused.config.max_rows, 0, 1, 0, 0, 0)
+    head = forward_head(fused.config.max_rows)
     fused.round(drawn.x, drawn.ids.to(torch.int32), drawn.weights, head, out)
     return out
 

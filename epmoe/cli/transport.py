@@ -20,7 +20,7 @@ from epmoe.config import MoEConfig
 from epmoe.errors import EpmoeError
 from epmoe.formats import DTYPE
 from epmoe.kernels.host import HostOps
-from epmoe.kernels.ops import VERBS
+from epmoe.kernels.ops import forward_head
 from epmoe.runtime import Runtime
 
 EPMOE, EPMOE_MOVED, GLOO, GLOO_MOVED = "epmoe", "epmoe, rows moved", "gloo", "gloo, rows moved"
@@ -84,7 +84,7 @@ class Epmoe:
         marks = [clock()]
         with self._runtime.turn(0) as turn:
             round = turn.round
-            head = (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
+            head = forward_head(config.max_rows)
             ops.stage(x, ids, weights, head, round)
             marks.append(clock())
             plan = ops.wait_plan(round, LIMIT_S)

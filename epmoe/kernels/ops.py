@@ -10,6 +10,15 @@ HEAD_FIELDS = ("layer", "verb", "capacity", "chunk", "chunks", "phase", "epoch",
 VERBS = ("forward", "place")
 
 
+def forward_head(capacity: int) -> tuple[int, ...]:
+    """The head of a forward in one chunk, of the heap's first layer on its first lane.
+
+    >>> forward_head(64)
+    (0, 0, 64, 0, 1, 0, 0, 0)
+    """
+    return (0, VERBS.index("forward"), capacity, 0, 1, 0, 0, 0)
+
+
 class Ops(Protocol):
     """One layer's verbs on one lane of a heap.  Every verb belongs to the round it is given.
 

@@ -41,7 +41,8 @@ def most_slots(ranks: int) -> int:
     >>> [most_slots(ranks) for ranks in (1, 2, 4, 8)]
     [559, 746, 892, 992]
     """
-    words = (215040 - 201600) // 4  # of shared memory, from where rows lie to the first barrier
+    # FEW has least room: its ring ends at byte 215,040, carried rows and their barriers at 201,600.
+    words = (215040 - 201600) // 4
     return (words - 2) // (3 * ranks + 3) * ranks
 
 

@@ -15,7 +15,6 @@ from multiprocessing import get_context
 
 import torch
 from fused_round import weights_of
-from there_and_back import head_of
 
 from epmoe import MoE, MoEConfig
 from epmoe.cli.contest import gpus
@@ -25,6 +24,7 @@ from epmoe.kernels import sizes
 from epmoe.kernels.cuda import CudaOps
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps, compiled
+from epmoe.kernels.ops import forward_head
 from epmoe.kernels.trace import spans
 from epmoe.shapes import shape
 
@@ -79,10 +79,10 @@ def check(group, name, config, rounds, **how):
             want, have = torch.empty_like(x), torch.full_like(x, float("nan"))
             if rng.random() < 0.5:
                 torch.cuda._sleep(rng.randrange(2_000_000))
-            split.round(x, ids, w, head_of(config), want)
+            split.round(x, ids, w, forward_head(config.max_rows), want)
             if rng.random() < 0.5:
                 torch.cuda._sleep(rng.randrange(2_000_000))
-            ours.round(x, ids, w, head_of(config), have)
+            ours.round(x, ids, w, forward_head(config.max_rows), have)
             begun = time.monotonic()
             torch.cuda.synchronize()
             words.check()
@@ -147,7 +147,7 @@ def traced(group, name, rows, **how):
             cold.max()
             ours.notes.zero_()
             torch.cuda._sleep(2_000_000)
-            ours.round(x, ids, w, head_of(config), out)
+            ours.round(x, ids, w, forward_head(config.max_rows), out)
             torch.cuda.synchronize()
         words.check()
         for line in summary(list(spans(ours.notes, ours.grid))):

@@ -15,7 +15,7 @@ import struct
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -101,11 +101,14 @@ def opened(config, limit_s=4.0, **how):
     return words, split, fused, weights
 
 
+@contextmanager
 def processors(grid):
-    """A part of a GPU: its round has ``grid`` CTAs."""
-    if not grid:
-        return nullcontext()
-    return mock.patch("epmoe.kernels.fused.processors_of", return_value=grid)
+    """A part of a GPU, if ``grid`` is not 0: a launch has so many CTAs."""
+    with ExitStack() as parts_of:
+        for room in ("fused", "transport") if grid else ():
+            name = f"epmoe.kernels.{room}.processors_of"
+            parts_of.enter_context(mock.patch(name, return_value=grid))
+        yield
 
 
 def grown(ops, launches):

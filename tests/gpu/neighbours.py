@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
-from unittest import mock
 
 # Before CUDA starts: a queue for each rank's launch, and no code that is loaded, which waits for
 # the GPU, while a round waits for its peers.
@@ -28,8 +27,8 @@ os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGE
 
 import torch
 from fused_ranks import CASES, SMALL, batch, tighten
-from fused_round import Alone, say, weights_of
-from there_and_back import came_back, head_of, turned, were_asked
+from fused_round import Alone, processors, say, weights_of
+from there_and_back import came_back, turned, were_asked
 
 from epmoe.comm.layout import layout
 from epmoe.kernels import sizes
@@ -38,6 +37,7 @@ from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps
 from epmoe.kernels.fused import compiled as fused_kernel
 from epmoe.kernels.gemm import processors_of
+from epmoe.kernels.ops import forward_head
 from epmoe.kernels.transport import Transport
 from epmoe.kernels.transport import compiled as transport_kernels
 
@@ -58,13 +58,6 @@ def share(ranks, gpus):
 def processors_here():
     """Of a GPU; of an H200 where there is none."""
     return processors_of(0) if torch.cuda.is_available() else 132
-
-
-@contextmanager
-def processors(grid):
-    names = ("epmoe.kernels.fused.processors_of", "epmoe.kernels.transport.processors_of")
-    with mock.patch(names[0], return_value=grid), mock.patch(names[1], return_value=grid):
-        yield
 
 
 class Neighbour:
@@ -126,7 +119,7 @@ class Whole:
     def __call__(self, batches):
         x, ids, weights = (torch.cat([b[i].to("cuda:0") for b in batches]) for i in range(3))
         out = torch.empty_like(x)
-        self.ops.round(x, ids, weights, head_of(self.config), out)
+        self.ops.round(x, ids, weights, forward_head(self.config.max_rows), out)
         return out.split([len(b[0]) for b in batches])
 
 
@@ -185,7 +178,7 @@ def check(name, config, size, rounds, **how):
             ranks,
             rng,
             [
-                partial(ops.round, *b, head_of(config), out)
+                partial(ops.round, *b, forward_head(config.max_rows), out)
                 for ops, b, out in zip(made, batches, have, strict=True)
             ],
         )
@@ -216,7 +209,8 @@ def check_alone(config, size, rounds):
         asked = torch.cat([b[1].to("cuda:0") for b in batches])
         finish()
         there = [
-            partial(ops.dispatch, *b, head_of(config)) for ops, b in zip(made, batches, strict=True)
+            partial(ops.dispatch, *b, forward_head(config.max_rows))
+            for ops, b in zip(made, batches, strict=True)
         ]
         together(ranks, rng, there)
         good = True
@@ -254,7 +248,7 @@ def check_missing(config, size):
     have = [torch.zeros_like(b[0]) for b in batches]
     finish()
     calls = [
-        partial(ops.round, *b, head_of(config), out)
+        partial(ops.round, *b, forward_head(config.max_rows), out)
         for ops, b, out in zip(made, batches, have, strict=True)
     ]
     others = [one for one in ranks if one.rank != missing]

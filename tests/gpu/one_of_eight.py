@@ -6,7 +6,7 @@ Each GPU has one rank that works on all of its processors; the memory of its sev
 other GPU.  All eight ran once, for real, and left their rows, lists and counts; in the timed rounds
 a peer is its words, written before.  So 7/8 of what is sent and fetched crosses NVLink in both
 directions, as with eight GPUs, and nobody waits for a slower peer or shares its link: what eight
-GPUs would take if nobody waited, within 3 % where that could be checked (docs/performance.md).
+GPUs would take if nobody waited, within 4 % where that could be checked (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 import neighbours as n
 import torch
 from fused_ranks import summary
-from fused_round import say, weights_of
-from there_and_back import head_of
+from fused_round import processors, say, weights_of
 
 from epmoe import MoEConfig
 from epmoe.cli.race import COLD, SLEEP, WARM, described
@@ -33,6 +32,7 @@ from epmoe.kernels import sizes
 from epmoe.kernels.cuda import laid_out
 from epmoe.kernels.fused import FusedOps
 from epmoe.kernels.fused import compiled as fused_kernel
+from epmoe.kernels.ops import forward_head
 from epmoe.kernels.sizes import cuts
 from epmoe.kernels.trace import spans
 from epmoe.kernels.transport import Transport
@@ -66,7 +66,7 @@ class Side:
             self.cold = torch.zeros(COLD // 4, dtype=torch.int32, device="cuda")
 
     def processors(self, rank):
-        return n.processors(n.processors_here() if rank == 0 else n.share(self.size - 1, 1))
+        return processors(n.processors_here() if rank == 0 else n.share(self.size - 1, 1))
 
     def call(self, ops, verb, rank):
         x, ids, weights = self.batches[rank]
@@ -74,7 +74,7 @@ class Side:
             return partial(ops.combine, ids, weights, self.out[rank])
         if verb == "experts":  # rows may lie in another order in every round
             return partial(ops.results.copy_, ops.rows)
-        given = (x, ids, weights, head_of(self.config))
+        given = (x, ids, weights, forward_head(self.config.max_rows))
         return (
             partial(ops.round, *given, self.out[rank])
             if verb == "round"
@@ -278,8 +278,8 @@ def build(kind, *what):
     wanted = how_of(variant)
     among = (wanted.pop("cut"),) if "cut" in wanted else cuts(config, size)
     for cut in among:
-        how = {"cut": cut, "among": among} | wanted | how
-        fused_kernel(config, size, layout([config], size), 0, 0, **how)
+        told = {"cut": cut, "among": among} | wanted | how
+        fused_kernel(config, size, layout([config], size), 0, 0, **told)
 
 
 def kernels_of(variants, asked):

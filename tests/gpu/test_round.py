@@ -14,6 +14,7 @@ from epmoe import local
 from epmoe.comm import cuda, nvshmem
 
 HERE = Path(__file__).parent
+IMPORTS = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
 MARK = "@@"  # bodies.py
 ALL = (
     *("heap", "too_large", "answers", "chunks", "graphs", "two_layers", "refused", "bad_ids"),
@@ -35,8 +36,7 @@ def findings(heap, ranks, names=ALL):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks need as many GPUs")
     argv = [sys.executable, str(HERE / "bodies.py"), heap, *names]
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    with local.spawn_ranks(ranks, argv, end_others=False, env={"PYTHONPATH": path}) as job:
+    with local.spawn_ranks(ranks, argv, end_others=False, env=IMPORTS) as job:
         outcomes = job.wait(300)
     return outcomes, [
         {
@@ -47,6 +47,18 @@ def findings(heap, ranks, names=ALL):
         }
         for outcome in outcomes
     ]
+
+
+def succeeds(script, *argv):
+    """Runs a script of this folder; fails with what it said last."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *argv],
+        env=os.environ | IMPORTS,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 def found(heap, ranks, body, names=ALL):
@@ -192,15 +204,7 @@ def test_rounds_of_eight_ranks_that_share_the_gpus_change_no_bit():
     """And name a rank that never comes; more ranks than GPUs, in one process."""
     if reason := cuda.why_not():
         pytest.skip(f"no cuda heap: {reason}")
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "neighbours.py"), "--ranks", "8"],
-        env=os.environ | {"PYTHONPATH": path},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    succeeds("neighbours.py", "--ranks", "8")
 
 
 @both_heaps
@@ -225,15 +229,7 @@ def test_a_rank_killed_at_any_moment_is_named_within_a_second(heap, ranks, tmp_p
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks need as many GPUs")
     argv = ["--ranks", str(ranks), "--heap", heap, "--schedules", "24", "--within", "300"]
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "kills.py"), *argv, "--json", str(tmp_path / "found.json")],
-        env=os.environ | {"PYTHONPATH": path},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    succeeds("kills.py", *argv, "--json", str(tmp_path / "found.json"))
     said = json.loads((tmp_path / "found.json").read_text())
     assert (said["schedules"], said["wrong"]) == (24, 0)
     assert said["ms"]["max"] < 1000

@@ -3,11 +3,7 @@
 import torch
 
 from epmoe.kernels.gemm import starts
-from epmoe.kernels.ops import VERBS
-
-
-def head_of(config):
-    return (0, VERBS.index("forward"), config.max_rows, 0, 1, 0, 0, 0)
+from epmoe.kernels.ops import forward_head
 
 
 def experts(config, rows, slot, scale):
@@ -46,7 +42,7 @@ def were_asked(asked, counts, rank):
 def there_and_back(alone, x, ids, weights, asked, rank):
     """One round of this rank: every slot had its rows and every row came back."""
     out = torch.full_like(x, float("nan"))
-    alone.dispatch(x, ids, weights, head_of(alone.config))
+    alone.dispatch(x, ids, weights, forward_head(alone.config.max_rows))
     counts = turned(alone, rank)
     alone.combine(ids, weights, out)
     return came_back(alone.config, x, ids, weights, out) and were_asked(asked, counts, rank)

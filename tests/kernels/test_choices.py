@@ -1,47 +1,18 @@
 """Which slot an id names: cu/choices.cuh compiled for this machine, against the definition."""
 
 import ctypes
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from on_cpu import built, needs_compiler
 
-from epmoe.kernels.compile import SOURCES
-
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-
-# All that the header takes from CUDA and from ptx.cuh.
-STUB = """
-#pragma once
-using u8 = unsigned char; using u32 = unsigned; using u64 = unsigned long long;
-template <typename T> T __ldg(const T* p) { return *p; }
-"""
-CALL = """
-#include "choices.cuh"
-extern "C" void look_up(const void* ids, const int* table, u32 known, u32 wide, u32 cells,
-                        int* out) {
-    const Choices choices{ids, table, known, wide};
-    for (u32 c = 0; c < cells; ++c) {
-        const Choices::Id id = choices.id(c);
-        out[c] = choices.slot(id, choices.found(id));
-        if (choices.names(c) != (out[c] >= 0)) out[c] = -99;
-    }
-}
-"""
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def look_up(tmp_path_factory):
     folder = tmp_path_factory.mktemp("choices")
-    (folder / "choices.cuh").write_text((SOURCES / "choices.cuh").read_text())
-    (folder / "ptx.cuh").write_text(STUB)
-    (folder / "call.cpp").write_text(CALL)
-    made = folder / "choices.so"
-    run = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", made, folder / "call.cpp"]
-    subprocess.run(run, check=True)
-    return ctypes.CDLL(str(made)).look_up
+    return built(folder, "choices.cpp", ["choices.cuh"]).look_up
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])

@@ -4,22 +4,17 @@ Lanes take turns at the votes and barriers of their warp; the oracle knows ids a
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
+from on_cpu import built, needs_compiler
 
 from epmoe import MoEConfig
 from epmoe.comm.layout import layout
-from epmoe.kernels.compile import SOURCES
 from epmoe.kernels.cuda import mailbox_constants
 
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
-ON_CPU = Path(__file__).parent / "on_cpu"
 BLOCK, NOWHERE = 128, 2**32 - 1
 CARRIERS = 4  # warps
 
@@ -29,15 +24,8 @@ def made(folder, config, ranks, ring):
     at = layout([config], ranks)
     constants = mailbox_constants(config, ranks, at.lanes[0][0])
     constants |= {"BLOCKS": "4096u", "RING": f"{ring}u", "PARTS": "1u"}
-    for source in (
-        *ON_CPU.iterdir(),
-        *(SOURCES / f"{n}.cuh" for n in ("exchange", "carry", "mailbox")),
-    ):
-        shutil.copy(source, folder)
-    run = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
-    run += [f"-D{name}={value}" for name, value in constants.items()]
-    subprocess.run([*run, "-o", folder / "turns.so", folder / "turns.cpp"], check=True)
-    return ctypes.CDLL(str(folder / "turns.so")).pull_all, at
+    headers = ("exchange.cuh", "carry.cuh", "mailbox.cuh")
+    return built(folder, "turns.cpp", headers, constants).pull_all, at
 
 
 def mailbox(config, ranks, rank, at, ids_R, word=0):

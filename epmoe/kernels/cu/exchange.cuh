@@ -158,12 +158,13 @@ inline bool make_tables(const World& world, Tables& t, u32 round) {
         for (int from = 0; from < LOCAL; from += 32) {
             const int l = from + lane_index();
             int value = 0;
-            if (l >= LOCAL) value = 0;
-            else if (job < RANKS) value = t.count(job, l);
-            else if (job == RANKS) value = t.blocks(l);
-            else if (!together) value = t.before[RANKS][l];
-            else
-                for (u32 n = 0; n < RANKS; ++n) value += t.pulled[n][l];
+            if (l < LOCAL) {
+                if (job < RANKS) value = t.count(job, l);
+                else if (job == RANKS) value = t.blocks(l);
+                else if (!together) value = t.before[RANKS][l];
+                else
+                    for (u32 n = 0; n < RANKS; ++n) value += t.pulled[n][l];
+            }
             const int sum = scanned(value);
             if (l < LOCAL) sums[l] = base + sum - value;
             base += __shfl_sync(~0u, sum, 31);

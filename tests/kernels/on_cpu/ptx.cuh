@@ -8,10 +8,8 @@ using u8 = unsigned char; using u16 = unsigned short; using u32 = unsigned;
 using u64 = unsigned long long;
 using std::max; using std::min;
 #define __shared__
-#define __global__
 struct Index { u32 x; };
 inline Index threadIdx, blockIdx, blockDim;
-struct Quad { u32 x, y, z, w; };
 
 constexpr int MOST_LANES = 96;
 struct Crowd { int size, here = 0; u64 turn = 0; int value[32] = {}; };
@@ -76,3 +74,4 @@ inline void bulk_commit() {}
 template <int n> void bulk_wait() {}
 template <int n> void bulk_wait_read() {}
 inline void fence_async_global() {}
+template <typename T> T __ldg(const T* p) { return *p; }
