@@ -1,9 +1,9 @@
 """The shortest time a layer could take on one NVLink domain: what must be computed, read and sent.
 
-The ceilings are the best sustained figures measured on H200s, by anybody's kernels:
-bf16 650 TFLOP/s (grouped GEMM; a dense 8192^3 reaches 790), memory 4.3 TB/s (a copy, bytes read
-and written; the data sheet says 4.8), NVLink 380 GB/s one way (371 to 390 seen from SMs; 450 raw),
-and 12 us for one launch and two exchanges between GPUs.
+The rates were measured on H200s: bf16 650 TFLOP/s (grouped GEMMs of many slots; those of few large
+ones and a dense 8192^3 reach 790 to 820, so such layers may be faster than this), memory 4.3 TB/s
+(a copy, bytes read and written; the data sheet says 4.8), NVLink 380 GB/s one way (371 to 390 seen
+from SMs; 450 raw), and 12 us for one launch and two exchanges between GPUs.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class CudaHeap(DeviceSlabs):
         self._undo: list[Callable[[], object]] = []
         try:
             with group.guarded("make the slab", limit_s):
+                self._expect_gpu()
                 self._driver = driver()
                 self._make()
             with group.guarded("map the peers", limit_s):

@@ -68,6 +68,11 @@ class DeviceSlabs:
         self._call(self._driver.cuMemsetD8, self.address(self.rank), 0, self._nbytes)
         self._call(self._driver.cuCtxSynchronize)
 
+    def _expect_gpu(self) -> None:
+        """An ``EpmoeError`` if the current device is none that kernels are for."""
+        if reason := why_not():
+            raise EpmoeError(f"rank {self.rank}: no heap of GPU memory here: {reason}")
+
     def _expect_free(self, nbytes: int) -> None:
         """An ``EpmoeError`` if the current device has not so much memory left."""
         free, _ = torch.cuda.mem_get_info(torch.cuda.current_device())
@@ -104,7 +109,8 @@ def why_not() -> str:
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) != (9, 0):
-        return f"device 0 has compute capability {major}.{minor}; the kernels are for 9.0 (Hopper)"
+        at = torch.cuda.current_device()
+        return f"GPU {at} has compute capability {major}.{minor}, the kernels are for 9.0 (Hopper)"
     try:
         driver()
     except EpmoeError as error:

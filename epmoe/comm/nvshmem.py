@@ -49,6 +49,7 @@ class NvshmemHeap(DeviceSlabs):
         self._base = 0  # what NVSHMEM returned; the slab starts at the next multiple of ALIGN
         with group.guarded("find NVSHMEM", limit_s):
             self._driver, self._core, self._bindings = driver(), *_modules()
+            self._expect_gpu()
             self._device = torch.cuda.current_device()
             torch.empty(1, device="cuda")  # NVSHMEM wants a context, and takes the current one
             self._expect_free(nbytes)

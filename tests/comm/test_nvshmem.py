@@ -70,6 +70,7 @@ def no_gpu_is_needed(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(DeviceSlabs, "_expect_gpu", lambda self: None)
     monkeypatch.setattr(DeviceSlabs, "_expect_free", lambda self, nbytes: None)
     device = type("Device", (), {"__init__": lambda s, n: None, "set_current": lambda s: None})
     real = nvshmem.importlib.import_module

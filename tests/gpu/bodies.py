@@ -134,6 +134,18 @@ def heap(group, kind):
     return found
 
 
+def opened(group, kind):
+    """A layer with its weights, opened twice; no round."""
+    opens = 0
+    for _ in range(2):
+        moe, _ = loaded(replace(SMALL, heap=kind), group)
+        with moe:
+            moe.check()
+            opens += 1
+            met(group)
+    return [group.size, group.rank, opens]
+
+
 def too_large(group, kind):
     try:
         open_heap(kind, group, 1 << 42, generation=1, limit_s=60)

@@ -32,12 +32,15 @@ from there_and_back import came_back, turned, were_asked
 
 from epmoe.comm.layout import layout
 from epmoe.kernels import sizes
+from epmoe.kernels.compile import compile_kernel
+from epmoe.kernels.cuda import FEW as FEW_ROWS
 from epmoe.kernels.cuda import CudaOps, laid_out
 from epmoe.kernels.cuda import compiled as split_kernels
 from epmoe.kernels.fused import FusedOps
 from epmoe.kernels.fused import compiled as fused_kernel
-from epmoe.kernels.gemm import processors_of
+from epmoe.kernels.gemm import constants, processors_of
 from epmoe.kernels.ops import forward_head
+from epmoe.kernels.sizes import up_columns
 from epmoe.kernels.transport import Transport
 from epmoe.kernels.transport import compiled as transport_kernels
 
@@ -110,6 +113,17 @@ def faults(ranks):
 class Whole:
     """The oracle: the same rows and experts on one rank, by separate launches."""
 
+    @staticmethod
+    def compiled(config, ranks):
+        """Fill the file cache."""
+        whole = replace(config, max_rows=ranks * config.max_rows)
+        split_kernels(whole, 1, layout([whole], 1), 0, 0)
+        early, inner, hidden = config.weight_in == "fc2", config.inner, config.hidden
+        first = (config.experts, up_columns(config), hidden, config.activation, config.bias, early)
+        for tall in (0, FEW_ROWS):
+            for one in (first, (config.experts, hidden, inner, None, config.bias, early)):
+                compile_kernel("grouped_gemm.cu", "grouped_gemm", constants(*one, tall=tall))
+
     def __init__(self, config, ranks, weights):
         self.config = replace(config, max_rows=ranks * config.max_rows)
         placed = layout([self.config], 1)
@@ -154,8 +168,11 @@ def together(ranks, rng, calls):
     finish()
 
 
-def check(name, config, size, rounds, **how):
-    """Rounds in one launch against one rank's; how many differed."""
+def check(name, config, size, rounds, far=None, **how):
+    """True if rounds in one launch equal one rank's.
+
+    ``far``: of all weights, the batches and that rank's answers; what it finds to be wrong.
+    """
     seed = zlib.crc32(repr((name, size, how)).encode())
     torch.manual_seed(seed)
     rng, wrong, gpus = random.Random(seed), [], torch.cuda.device_count()
@@ -186,8 +203,9 @@ def check(name, config, size, rounds, **how):
             int((w != h.to("cuda:0")).any(1).sum()) if len(w) else 0
             for w, h in zip(want, have, strict=True)
         ]
-        if any(off) or faults(ranks):
-            wrong.append((i, kind, off, faults(ranks)))
+        found = [far(weights, batches, want)] if far else []
+        if any(off) or faults(ranks) or any(found):
+            wrong.append((i, kind, off, faults(ranks), *found))
             break
     said = f"{size} ranks on {gpus} GPUs, {grid} CTAs each"
     say("WRONG" if wrong else "right", name, said, how, f"{rounds} rounds", *wrong)
@@ -270,8 +288,7 @@ def build(config, size, grid, how, tight):
         transport_kernels(config, size, placed, 0, 0, grid=grid)
         return
     fused_kernel(config, size, placed, 0, 0, among=(how["cut"],), grid=grid, **how)
-    whole = replace(config, max_rows=size * config.max_rows)
-    split_kernels(whole, 1, layout([whole], 1), 0, 0)
+    Whole.compiled(config, size)
 
 
 def main():

@@ -20,6 +20,7 @@ ALL = (
     *("heap", "too_large", "answers", "chunks", "graphs", "two_layers", "refused", "bad_ids"),
     *("bits", "delays", "hogged", "apart"),
 )
+NO_ROUND = ("heap", "too_large", "opened")  # ranks may share a GPU
 CLOSE = 6e-3  # relative error of bf16 rounding at four places against the oracle's, measured 3e-3
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
@@ -33,7 +34,7 @@ def findings(heap, ranks, names=ALL):
     reason = {"cuda": cuda.why_not, "nvshmem": nvshmem.why_not}[heap]()
     if reason:
         pytest.skip(f"no {heap} heap: {reason}")
-    if torch.cuda.device_count() < ranks:
+    if torch.cuda.device_count() < ranks and names != NO_ROUND:
         pytest.skip(f"{ranks} ranks need as many GPUs")
     argv = [sys.executable, str(HERE / "bodies.py"), heap, *names]
     with local.spawn_ranks(ranks, argv, end_others=False, env=IMPORTS) as job:
@@ -76,7 +77,11 @@ def found(heap, ranks, body, names=ALL):
 @both_heaps
 @ranks_1_2_4
 def test_a_slab_is_the_same_bytes_from_every_rank(heap, ranks):
-    for rank, one in enumerate(found(heap, ranks, "heap")):
+    same_bytes(ranks, found(heap, ranks, "heap"))
+
+
+def same_bytes(ranks, found_R):
+    for rank, one in enumerate(found_R):
         assert one["zeros"]
         assert one["columns"] == [r + 1 for r in range(ranks)]
         assert one["read"] == [10 * ((rank - 1) % ranks) + i for i in range(8)]
@@ -89,6 +94,14 @@ def test_a_heap_that_does_not_fit_is_refused_by_name_on_all_ranks(heap, ranks):
     for said in found(heap, ranks, "too_large"):
         assert said.startswith("EpmoeError")
         assert "4194304.0 MiB" in said
+
+
+def test_eight_processes_open_slabs_and_layers_on_the_gpus_there_are():
+    same_bytes(8, found("cuda", 8, "heap", NO_ROUND))
+    for said in found("cuda", 8, "too_large", NO_ROUND):
+        assert "4194304.0 MiB" in said
+    for rank, one in enumerate(found("cuda", 8, "opened", NO_ROUND)):
+        assert one == [8, rank, 2]
 
 
 @both_heaps
@@ -205,6 +218,12 @@ def test_rounds_of_eight_ranks_that_share_the_gpus_change_no_bit():
     if reason := cuda.why_not():
         pytest.skip(f"no cuda heap: {reason}")
     succeeds("neighbours.py", "--ranks", "8")
+
+
+def test_layers_of_any_shape_are_what_one_rank_and_fp32_say():
+    if reason := cuda.why_not():
+        pytest.skip(f"no cuda heap: {reason}")
+    succeeds("any_shape.py", "--layers", "12")
 
 
 @both_heaps
