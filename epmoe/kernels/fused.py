@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
 import struct
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Protocol
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from epmoe.comm.layout import HEAD, Layout, Region
 from epmoe.config import MoEConfig
-from epmoe.errors import EpmoeError
 from epmoe.kernels.compile import compile_kernel
 from epmoe.kernels.cuda import laid_out, mailbox_constants, raw_stream
 from epmoe.kernels.gemm import THREADS, processors_of, tensor_map
@@ -29,6 +28,7 @@ from epmoe.kernels.sizes import (
     parts,
     pullers_of,
     refusal,
+    refusal_of_gpu,
     ring_blocks,
     work_memory,
 )
@@ -77,11 +77,10 @@ class FusedOps:
         self.config, self._words = config, words
         self._cuts = cuts(config, words.ranks) if cut is None else (cut,)
         self.grid = processors_of(torch.cuda.current_device()) // 2 * 2
-        least = max(4, words.ranks, (pullers or 0) + 2)  # a cluster pulls, another multiplies
-        if self.grid < least:
-            raise EpmoeError(
-                f"a round in one launch needs at least {least} processors, this GPU has {self.grid}"
-            )
+        if (refused := refusal_of_gpu(config, words.ranks, self.grid)) is not None:
+            raise refused
+        if self.grid < (pullers or 0) + 2:
+            raise ValueError(f"pullers must be at most {self.grid - 2} here, got {pullers}")
         pools = {} if pools is None else pools
 
         def cuda(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -162,7 +161,7 @@ class FusedOps:
             0 if b1 is None else b1.data_ptr(),
             0 if b2 is None else b2.data_ptr(),
             len(x),
-            min(self.config.clamp, math.inf),
+            ctypes.c_float(self.config.clamp).value,  # inf, if it has no float
             *head,
         )
         cut = self._cuts[0]

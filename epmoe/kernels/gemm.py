@@ -17,6 +17,7 @@ BLOCK = 128  # rows of a block; a slot's rows begin at a multiple of it
 TILE_N = 256
 THREADS = 384
 SHARED_WIDE = 4 * 49152 + 2 * 16384  # stages, staging; barriers and tables come on top
+BARRIERS = 2 * 6 * 8 + 48  # of at most 6 stages, and cu/order.cuh ORDER_BYTES
 SHARED_NARROW = {64: 6 * 32768 + 2 * 64 * 144, 128: 4 * 49152 + 2 * 64 * 144}
 
 
@@ -139,10 +140,8 @@ def grouped_gemm(
     )
     rows, weights = rows_PK.unsqueeze(0), weights_LNK
     if tall:
-        shared = SHARED_NARROW[tall]
         maps = [tensor_map(rows, 8), tensor_map(rows, 32), tensor_map(weights, tall)]
     else:
-        shared = SHARED_WIDE
         maps = [tensor_map(rows, 64), tensor_map(weights, 128), tensor_map(out_PN.unsqueeze(0), 64)]
     grid = processors or processors_of(rows_PK.device.index)
     return Launch(
@@ -159,8 +158,15 @@ def grouped_gemm(
             _or_null(shares),
         ],
         cluster=1 if tall else 2,
-        shared=shared + 128 + (8 if tall else 4) * (slots + 1),
+        shared=shared_bytes(slots, tall),
     )
+
+
+def shared_bytes(slots: int, tall: int) -> int:
+    """Shared memory of a CTA; cu/grouped_gemm.cu checks it."""
+    if tall:
+        return SHARED_NARROW[tall] + BARRIERS + 8 * (slots + 1)
+    return SHARED_WIDE + BARRIERS + 4 * (slots + 1)
 
 
 def constants(
@@ -183,6 +189,7 @@ def constants(
         "SCALE": int(scale),
         "COUNTED": int(counted),
         "TALL": tall,
+        "SHARED": shared_bytes(slots, tall),
     }
 
 

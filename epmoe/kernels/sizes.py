@@ -69,6 +69,31 @@ def refusal(config: MoEConfig, ranks: int) -> EpmoeError | ValueError | None:
     return None
 
 
+def refusal_of_gpu(config: MoEConfig, ranks: int, grid: int) -> EpmoeError | ValueError | None:
+    """Why ``grid`` processors of each GPU are too few for this layer; None if they are enough.
+
+    >>> full = MoEConfig(experts=64, choices=8, hidden=64, inner=64, max_rows=65536)
+    >>> refusal_of_gpu(full, 8, 132) is None
+    True
+    >>> print(refusal_of_gpu(full, 8, 32))
+    max_rows must be at most 24516 with 8 choices on 8 GPUs of 32 processors, got 65536
+    """
+    least = max(4, ranks + 1)  # a cluster pulls, another multiplies; not all tell, one stages
+    if grid < least:
+        return EpmoeError(
+            f"a round of {ranks} ranks needs at least {least} processors of each GPU, got {grid}"
+        )
+    # cu/tell.cuh Telling: a word a slot of all ranks, five a slot of mine, one a cell, two more.
+    cells = 196608 // 4 - config.places - 5 * config.slots_per_rank(ranks) - 2
+    most = cells // config.choices * parts(grid, ranks)
+    if config.max_rows > most:
+        return ValueError(
+            f"max_rows must be at most {most} with {config.choices} choices on {ranks} GPUs of "
+            f"{grid} processors, got {config.max_rows}"
+        )
+    return None
+
+
 def cut_of(config: MoEConfig, ranks: int, capacity: int) -> Cut:
     """How a round of at most ``capacity`` rows a rank is cut; from rank-identical numbers only.
 

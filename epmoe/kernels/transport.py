@@ -24,7 +24,7 @@ from epmoe.kernels.fused import (
 )
 from epmoe.kernels.gemm import BLOCK, THREADS, processors_of
 from epmoe.kernels.launch import CompiledKernel, Launch
-from epmoe.kernels.sizes import most_blocks, parts, refusal
+from epmoe.kernels.sizes import most_blocks, parts, refusal, refusal_of_gpu
 
 COMBINERS = 896  # cu/combine.cu
 CHOICES = struct.Struct("<2Q2I")  # cu/choices.cuh
@@ -59,6 +59,8 @@ class Transport:
         self.config, ranks = config, words.ranks
         self._next = "dispatch"
         self.grid = grid = processors_of(torch.cuda.current_device())
+        if (refused := refusal_of_gpu(config, ranks, grid)) is not None:
+            raise refused
         blocks = most_blocks(config, ranks)
         pool = blocks * BLOCK
 

@@ -1,6 +1,7 @@
 """The fused round compiles for every shape without a GPU; tests/gpu says what it computes."""
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from epmoe.kernels.sizes import (
     private_bytes,
     pullers_of,
     refusal,
+    refusal_of_gpu,
     ring_blocks,
 )
 
@@ -173,8 +175,25 @@ def test_a_gpu_whose_processors_would_all_pull_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(fused, "processors_of", lambda device: 25)
     known = {"layer": 0, "lane": 0, "words": SimpleNamespace(ranks=2)}
-    with pytest.raises(EpmoeError, match="at least 26 processors, this GPU has 24"):
+    with pytest.raises(ValueError, match="pullers must be at most 22 here, got 24"):
         FusedOps(config("qwen3-30b"), None, pullers=24, **known)
     monkeypatch.setattr(fused, "processors_of", lambda device: 3)
-    with pytest.raises(EpmoeError, match="at least 4 processors, this GPU has 2"):
+    with pytest.raises(EpmoeError, match="at least 4 processors of each GPU, got 2"):
         FusedOps(config("qwen3-30b"), None, **known)
+
+
+def test_processors_that_all_tell_or_tell_too_much_are_refused_by_name():
+    """Where as many CTAs tell as there are, nobody stages rows; what one tells is in its memory."""
+    few = config("qwen3-30b")
+    assert "at least 9 processors" in str(refusal_of_gpu(few, 8, 8))
+    assert refusal_of_gpu(few, 8, 9) is None
+    for grid in (16, 32, 78):
+        most = int(
+            re.search(
+                r"at most (\d+)", str(refusal_of_gpu(config("qwen3-30b", max_rows=65536), 8, grid))
+            )[1]
+        )
+        one = config("qwen3-30b", max_rows=most)
+        assert refusal_of_gpu(one, 8, grid) is None
+        compiled(one, 8, layout([one], 8), 0, 0, grid=grid, cut=FEW)
+        assert refusal_of_gpu(config("qwen3-30b", max_rows=most + 1), 8, grid)

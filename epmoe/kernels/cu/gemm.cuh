@@ -136,6 +136,8 @@ inline void release(u32 empty, u32 lane) {
 
 // Called before the first wait of a tile that would block, else in the course of its steps, if it has
 // enough of them: the time to see to what an earlier tile left behind.  A GEMM alone has nothing to do.
+// Before any wait, the second step's too: where CTAs share weights the mate may have sent those of one
+// stage only, and wait for what we have not seen to yet (tests/model/test_feeding.py).
 struct Nothing {
     inline void operator()() const {}
 };
@@ -148,7 +150,7 @@ inline void multiply(Ring& ring, float (&sums)[TILE_N / 2], u32 group, int steps
     const bool late = !bar_test(ring.full(), ring.phase());
     if (late) between();
     for (int k = 0; k < steps; ++k, ring.next()) {
-        if (k == 2 && !late) between();
+        if (!late && (k == 2 || (k == 1 && !bar_test(ring.full(), ring.phase())))) between();
         bar_wait(ring.full(), ring.phase());
         const u64 a = tile_descriptor(ring.rows() + group * (ROW_BYTES / 2));
         const u64 b = tile_descriptor(ring.weights());

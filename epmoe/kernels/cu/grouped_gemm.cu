@@ -1,7 +1,8 @@
 // out[rows of slot s] = act(rows[rows of slot s] * weights[s]^T), for many rows a slot and for few.
 //
 // Constants: SLOTS, N (weight rows of a slot), K, ACT, BIAS, SCALE, COUNTED (tiles by a counter, not
-// by a stride); TALL is 0 for the wide path (clusters of 2), else the narrow path's tile height.
+// by a stride); TALL is 0 for the wide path (clusters of 2), else the narrow path's tile height; SHARED,
+// bytes of shared memory that the launch asks for.
 #include "narrow.cuh"
 
 constexpr int WIDTH = gated(ACT) ? N / 2 : N;
@@ -10,6 +11,7 @@ constexpr int WIDTH = gated(ACT) ? N / 2 : N;
 constexpr int COLUMNS = (N + TILE_N - 1) / TILE_N;
 constexpr int K_STEPS = K / TILE_K;
 constexpr int PER = (COLUMNS + 1) / 2;
+static_assert(TABLE_AT + 4 * (SLOTS + 1) <= SHARED, "the launch asks for too little shared memory");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap weights,
@@ -67,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
 constexpr int TILES = (N + TALL - 1) / TALL;
 constexpr int K_STEPS = (K + NARROW_K - 1) / NARROW_K;
+static_assert(Narrow<TALL>::table_at + 8 * (SLOTS + 1) <= SHARED, "the launch asks for too little shared memory");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ TensorMap few, const __grid_constant__ TensorMap many,
