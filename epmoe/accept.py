@@ -18,6 +18,16 @@ MATRICES = ("w1", "w3", "w2")
 Wanted = tuple[tuple[int, ...], torch.dtype]
 
 
+def check_together(configs: Sequence[MoEConfig]) -> None:
+    """Layers that share a heap: its kind and its limits are the heap's, not a layer's."""
+    for name in ("heap", "stall_s", "open_s"):
+        found = list(dict.fromkeys(getattr(config, name) for config in configs))
+        if len(found) > 1:
+            raise ValueError(
+                f"{name} must be equal for layers that share a heap, got {found[0]} and {found[1]}"
+            )
+
+
 def check_ranks(config: MoEConfig, ranks: int) -> None:
     """A layer that so many ranks can share."""
     config.slots_per_rank(ranks)
@@ -128,6 +138,8 @@ def check_placement(
 
 def check_budget(config: MoEConfig, budget: int) -> None:
     """Bytes that the forwards of this layer can carry."""
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        raise TypeError(f"budget must be an int, got {type(budget).__name__}")
     half = config.freight // 2
     if not PIECE <= budget <= half:
         raise ValueError(f"budget must be in {PIECE}..{half} (half of freight), got {budget}")

@@ -26,15 +26,18 @@ class BalanceRule:
 
     def __post_init__(self) -> None:
         for name in ("interval", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
         for name in ("threshold", "enough"):
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1 (perfect balance), got {value}")
-        if self.gain < 0:
+        if not self.gain >= 0:
             raise ValueError(f"gain must be at least 0, got {self.gain}")
 
 

@@ -117,7 +117,9 @@ def load_experts(
     family = family_of(source, layer, within=within)
     _fits(source, family, layer, config)
     declared = format_of(config).tensors(config)
-    weights = {t.name: torch.empty(len(experts), *t.shape, dtype=t.dtype) for t in declared}
+    weights = {
+        t.name: torch.empty(len(experts), *t.shape, dtype=t.dtype, device="cpu") for t in declared
+    }
     stems = [f"{family.stem}.{expert}" for expert in experts]
     if not family.names:
         load_fused(source, family.stem, experts, config, weights)
@@ -172,7 +174,7 @@ def _scalar(source: Folder, name: str) -> Tensor:
     """One fp32, published with shape () or (1,)."""
     stored = source.find(name)
     expect(stored, stored.shape if stored.shape == (1,) else (), torch.float32)
-    value = torch.empty(1)
+    value = torch.empty(1, dtype=torch.float32, device="cpu")
     source.read(stored, value)
     return value[0]
 
@@ -191,8 +193,8 @@ def _alphas(
     ``stems`` are the prefixes of the experts of the slots, ``everyone`` those of all experts.
     """
     firsts = [projection for name, projection in names.items() if name != "w2"]
-    first_scale = torch.empty(len(stems))
-    second_scale = torch.empty(len(stems))
+    first_scale = torch.empty(len(stems), dtype=torch.float32, device="cpu")
+    second_scale = torch.empty(len(stems), dtype=torch.float32, device="cpu")
     for slot, stem in enumerate(stems):
         scales = [_scalar(source, f"{stem}.{name}.weight_scale_2") for name in firsts]
         first_scale[slot] = scales[0]
@@ -223,5 +225,5 @@ def _alphas(
         first_scale=first_scale,
         second_scale=second_scale,
         input_scale=torch.stack(of_rows).max(),
-        mid_scale=torch.tensor(of_mids),
+        mid_scale=torch.tensor(of_mids, dtype=torch.float32, device="cpu"),
     )

@@ -79,6 +79,7 @@ class MoEConfig:
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
             if name != "clamp" and value > LONGEST_S:
                 raise ValueError(f"{name} must be at most {LONGEST_S}, got {value!r}")
+            object.__setattr__(self, name, float(value))  # 30 and 30.0 are one config
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias must be a bool, got {type(self.bias).__name__}")
         for name in ("hidden", "inner"):

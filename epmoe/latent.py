@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,10 +94,14 @@ class Latent:
         lane: int = 0,
     ) -> Tensor:
         """One forward of full-width rows; every rank calls it, also with none."""
-        if x.dim() != 2 or x.shape[1] != self.hidden:
-            raise ValueError(f"x must have shape (rows, {self.hidden}), got {tuple(x.shape)}")
-        z = functional.linear(x, self.down, self.down_bias)
-        routed = self.moe(z, ids, weights, context=context, lane=lane)
+        refused = self._refusal(x)
+        z: Any = None if refused else functional.linear(x, self.down, self.down_bias)
+        try:  # without rows the layer takes part empty, and refuses afterwards
+            routed = self.moe(z, ids, weights, context=context, lane=lane)
+        except Exception as error:
+            if refused is None:
+                raise
+            raise refused from error
         y = functional.linear(routed, self.up, self.up_bias)
         if self.shared is None:
             return y
@@ -105,3 +109,11 @@ class Latent:
         if full.shape != y.shape:
             raise ValueError(f"shared must return shape {tuple(y.shape)}, got {tuple(full.shape)}")
         return torch.add(y, full)
+
+    def _refusal(self, x: Tensor) -> ValueError | TypeError | None:
+        if not isinstance(x, Tensor) or x.dtype != self.down.dtype:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            return TypeError(f"x must be a tensor of {self.down.dtype} as down is, got {got}")
+        if x.dim() != 2 or x.shape[1] != self.hidden:
+            return ValueError(f"x must have shape (rows, {self.hidden}), got {tuple(x.shape)}")
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -71,6 +71,7 @@ class MoE:
 
         They run one at a time per lane, in the same order on every rank.
         """
+        configs = tuple(configs)
         with torch.inference_mode(False):  # or the heap could not be written outside of that mode
             runtime = Runtime.open(configs, group)
             try:
@@ -103,7 +104,8 @@ class MoE:
             agree(facts, group, what="scales", limit_s=config.open_s)
         names = {t.name for t in shared}
         routed = {n: t for n, t in tensors.items() if n not in names}
-        with group.guarded(f"lay out layer {self.layer} ({config.name})", config.open_s):
+        phase = f"lay out layer {self.layer} ({config.name})"
+        with self._current(), group.guarded(phase, config.open_s):
             self._weights.update(self._rounds[0].kept(routed))
             self._shared.update({n: t for n, t in tensors.items() if n in names})
             for rounds in self._rounds:
@@ -132,7 +134,8 @@ class MoE:
         # What nsys shows above the kernels of this forward; 0.2 us with its end, measured.
         torch.cuda.nvtx.range_push(self._label)  # type: ignore[no-untyped-call]
         try:
-            return self._run(x, ids, weights, context, lane)
+            with self._current():
+                return self._run(x, ids, weights, context, lane)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
@@ -147,6 +150,10 @@ class MoE:
         """The call, from the lane's turn to the answer."""
         runtime = self._runtime
         self._placing.refuse_capture()
+        wrong: ValueError | None = None
+        if lane != 0 and len(runtime.lanes) == 1:  # then it is clear where an empty batch goes
+            wrong = ValueError(f"rank {runtime.group.rank}: lane must be in 0..0, got {lane!r}")
+            lane = 0
         with runtime.turn(lane) as turn:
             if not self._weights:
                 raise EpmoeError(
@@ -156,7 +163,7 @@ class MoE:
             if self._device.type != "cpu":
                 self._rounds[lane].check(wait=False)
             self._placing.switch()
-            refused = self._refusal(x, ids, weights, context)
+            refused = wrong or self._refusal(x, ids, weights, context)
             if refused is not None:
                 x, ids, weights = nothing(self.config, self._device)
                 context = context if isinstance(context, ForwardContext) else None
@@ -207,7 +214,8 @@ class MoE:
         ``verify`` sends a checksum with every slot.  A failure before that leaves the old
         placement, on every rank; addresses never change.
         """
-        self._placing.place(placement, budget, verify)
+        with self._current():
+            self._placing.place(placement, budget, verify)
 
     @property
     def placement(self) -> Placement:
@@ -255,7 +263,7 @@ class MoE:
         next forward.
         """
         self._runtime.check()
-        with self._runtime.blamed():
+        with self._runtime.blamed(), self._current():
             for rounds in self._rounds:
                 rounds.check(wait=True)
 
@@ -275,6 +283,12 @@ class MoE:
         if error is not None and not self._runtime.closed:
             self._runtime.poison(error, self._runtime.lanes[0].next_round())
         self.close()
+
+    def _current(self) -> AbstractContextManager[object]:
+        """The layer's GPU is the current one inside, as in torch's own operators."""
+        if self._device.type == "cpu" or torch.cuda.current_device() == self._device.index:
+            return nullcontext()
+        return torch.cuda.device(self._device)
 
     def _refusal(
         self, x: Tensor, ids: Tensor, weights: Tensor, context: ForwardContext | None

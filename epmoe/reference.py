@@ -40,7 +40,7 @@ def reference_moe(
     ids_N = torch.cat([ids.reshape(-1) for ids in ids_RTK])
     weights_N = torch.cat([weights.reshape(-1) for weights in weights_RTK])
 
-    terms_NH = torch.zeros(len(x_NH), config.hidden)
+    terms_NH = x_NH.new_zeros(len(x_NH), config.hidden, dtype=torch.float32)
     for e in range(config.experts):
         of_N = torch.nonzero(ids_N == e).flatten()
         if len(of_N):
@@ -51,7 +51,7 @@ def reference_moe(
     outs, at = [], 0
     for x_TH, ids_TK, weights_TK in zip(x_RTH, ids_RTK, weights_RTK, strict=True):
         rows, choices = ids_TK.shape
-        out_TH = torch.zeros(rows, config.hidden)
+        out_TH = x_TH.new_zeros(rows, config.hidden, dtype=torch.float32)
         for k in range(choices):
             term_TH = terms_NH[at : at + rows * choices][k::choices]
             if config.weight_in == "reduce":
@@ -76,13 +76,13 @@ def _expert(
     gate = torch.mm(x_MH.float(), w["w1"].float().t())
     if "b1" in w:
         gate = gate + w["b1"].float()
-    gate = torch.where(gate > config.clamp, torch.tensor(config.clamp), gate)
+    gate = torch.where(gate > config.clamp, gate.new_tensor(config.clamp), gate)
     if "w3" in w:
         up = torch.mm(x_MH.float(), w["w3"].float().t())
         if "b3" in w:
             up = up + w["b3"].float()
         if math.isfinite(config.clamp):
-            limit = torch.tensor(config.clamp)
+            limit = up.new_tensor(config.clamp)
             up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     if config.activation == "swiglu":
         mid = torch.nn.functional.silu(gate) * up

@@ -6,10 +6,13 @@ round this rank left, and all later calls raise.  Whoever wants to go on opens a
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from epmoe import comm
-from epmoe.accept import check_ranks
+from epmoe.accept import check_ranks, check_together
 from epmoe.comm.group import Group
 from epmoe.comm.heap import DeviceHeap, Heap
 from epmoe.comm.layout import Layout, layout
@@ -65,6 +68,10 @@ class Runtime:
         if configs[0].heap != "host":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.lanes = [Lane(self._words(lane)) for lane in range(configs[0].lanes)]
+        # MPI's end waits for all ranks: one that ended without a word would keep them waiting.
+        self._at_exit = functools.partial(_leave_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
+        weakref.finalize(self, atexit.unregister, self._at_exit).atexit = False
 
     def _words(self, lane: int) -> Words | DeviceWords:
         watch, heap = self.group.watch, self.heap
@@ -97,11 +104,17 @@ class Runtime:
         """Compare configs, then make and map the heap: every rank succeeds or every rank raises."""
         limit_s = configs[0].open_s if configs else 600.0
         compare(configs, group, limit_s)  # first: what follows would raise on the odd rank alone
+        check_together(configs)
         for config in configs:
             check_ranks(config, group.size)
         placed = layout(configs, group.size)
         heap = comm.open_heap(configs[0].heap, group, placed.total, generation=1, limit_s=limit_s)
-        return cls(configs, group, heap, placed)
+        try:
+            with group.guarded("make the words", limit_s):
+                return cls(configs, group, heap, placed)
+        except BaseException:
+            heap.close()
+            raise
 
     def host_words(self, lane: int) -> Words:
         """The words of a lane of a host heap."""
@@ -118,8 +131,8 @@ class Runtime:
         this rank left; a refused batch must therefore be raised outside.
         """
         self.check()
-        if not 0 <= number < len(self.lanes):
-            raise ValueError(f"lane must be in 0..{len(self.lanes) - 1}, got {number}")
+        if not isinstance(number, int) or not 0 <= number < len(self.lanes):
+            raise ValueError(f"lane must be in 0..{len(self.lanes) - 1}, got {number!r}")
         lane = self.lanes[number]
         if not lane.busy.acquire(blocking=False):
             raise EpmoeError(
@@ -174,7 +187,8 @@ class Runtime:
             raise EpmoeError(f"rank {self.group.rank}: this MoE is closed")
         if self.fault is not None:
             raise EpmoeError(
-                f"rank {self.group.rank}: this heap is unusable since {self.fault}"
+                f"rank {self.group.rank}: this heap is unusable since "
+                f"{type(self.fault).__name__}: {self.fault}"
             ) from self.fault
 
     def poison(self, error: BaseException, round: int) -> None:
@@ -197,6 +211,7 @@ class Runtime:
             text = f"rank {self.group.rank} closed its MoE"
             self._leave(LastWords("closed", (self.group.rank,), 0, text))
         self.closed = True
+        atexit.unregister(self._at_exit)
         for let_go in self.views:
             let_go()
         self.views.clear()  # they hold the lanes' work memory, and the group's watch holds this
@@ -214,11 +229,24 @@ class Runtime:
             lane.words.leave(LastWords(why.how, why.ranks, round, why.text))
 
 
+def _leave_at_exit(runtime: weakref.ref[Runtime]) -> None:
+    """A program that ends without ``close``: its peers learn of it, the rest ends with it."""
+    found = runtime()
+    if found is None or found.closed or found.fault is not None or found.pid != os.getpid():
+        return
+    with suppress(EpmoeError, RuntimeError):  # a GPU whose context is lost tells nobody
+        if found.device.type != "cpu":
+            torch.cuda.synchronize(found.device)  # rounds that are queued are still good
+        found.poison(EpmoeError("the program ended without close"), found.lanes[0].next_round())
+
+
 def _forget_views(error: BaseException) -> None:
     """Clear our frames in its traceback: one that was struck in mid-copy holds a view of a slab,
     which would stay mapped for as long as anybody keeps the error."""
+    ours = False
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals.get("__name__", "").startswith("epmoe."):
+        ours = ours or frame.f_globals.get("__name__", "").startswith("epmoe.")
+        if ours:  # and what we called: numpy's frames hold the arrays that they were given
             with suppress(RuntimeError):  # still running: it is on its way out and needs no help
                 frame.clear()
 

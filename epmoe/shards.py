@@ -112,7 +112,7 @@ class Folder:
         Every piece lies in the same memory: use it before asking for the next.
         """
         at_once = max(2, PIECE // (width * stored.dtype.itemsize) & ~1)
-        scratch = torch.empty(min(at_once, rows), width, dtype=stored.dtype)
+        scratch = torch.empty(min(at_once, rows), width, dtype=stored.dtype, device="cpu")
         for first in range(0, rows, at_once):
             piece = scratch[: min(at_once, rows - first)]
             self.read(stored, piece, skip=skip + first * width)

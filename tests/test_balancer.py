@@ -11,10 +11,12 @@ from ranks import ranks
 from test_migration import held, integer_weights
 
 from epmoe import Balancer, BalanceRule, MoE, MoEConfig, Placement
+from epmoe.accept import check_budget
 from epmoe.balancer import describe_loads
 from epmoe.cli import balance, loadfile
 from epmoe.reference import reference_moe
 from epmoe.sched.balance import max_over_mean
+from epmoe.sched.loads import Loads
 
 CONFIG = MoEConfig(
     experts=32,
@@ -168,8 +170,20 @@ def test_the_command_reads_a_running_job_from_standard_input(rank, group):
         ("threshold", 0.9),
         ("enough", 0.9),
         ("gain", -0.1),
+        ("gain", float("nan")),
     ],
 )
 def test_a_rule_that_makes_no_sense_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         BalanceRule(**{field: value})
+
+
+def test_a_float_where_a_number_is_counted_is_refused():
+    """It would be a slice's end rounds later, on all ranks."""
+    for field in ("interval", "window"):
+        with pytest.raises(TypeError, match=f"{field} must be an int, got float"):
+            BalanceRule(**{field: 1e3})
+    with pytest.raises(TypeError, match="window must be an int, got float"):
+        Loads(experts=2, window=1e3)
+    with pytest.raises(TypeError, match="budget must be an int, got float"):
+        check_budget(CONFIG, 1e4)

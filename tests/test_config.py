@@ -50,6 +50,12 @@ def test_what_is_wrong_is_named_with_its_value_and_limit(given, error, text):
         MoEConfig(**{**GOOD, **given})
 
 
+def test_equal_configs_have_equal_fingerprints():
+    one, other = (MoEConfig(**GOOD, stall_s=s, clamp=c) for s, c in ((30, 7), (30.0, 7.0)))
+    assert one == other
+    assert one.fingerprint() == other.fingerprint()
+
+
 def test_every_field_is_in_the_fingerprint():
     base = MoEConfig(**GOOD)
     assert base.fingerprint() == MoEConfig(**GOOD).fingerprint()

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from ranks import ranks
 
+from epmoe import MoE
 from epmoe.comm.layout import layout
 from epmoe.config import MoEConfig
 from epmoe.context import ForwardContext
@@ -47,6 +49,23 @@ def made(rows=5, **more):
     )
     ids = ids.long().reshape(rows, CHOICES)
     return moe, layer, whole(rows, HIDDEN), ids, whole(rows, CHOICES)
+
+
+@ranks(2)
+def test_a_refused_batch_costs_the_peers_nothing(rank, group):
+    one = config(stall_s=20.0, open_s=20.0)
+    with MoE.open(one, group) as moe:
+        moe.load(w1=torch.ones(3, 16, LATENT), w2=torch.ones(3, LATENT, 16))
+        layer = Latent(moe, down=torch.ones(LATENT, HIDDEN), up=torch.ones(HIDDEN, LATENT))
+        x, ids, weights = torch.ones(2, HIDDEN), torch.zeros(2, 3).long(), torch.ones(2, 3)
+        for wrong, error in ((x[:, :5], ValueError), (x.double(), TypeError), (None, TypeError)):
+            if rank == 0:
+                with pytest.raises(error, match="x must"):
+                    layer(wrong, ids, weights)
+            else:
+                assert torch.isfinite(layer(x, ids, weights)).all()
+        assert torch.isfinite(layer(x, ids, weights)).all()
+        group.allgather(b"", what="done", limit_s=20)
 
 
 @pytest.mark.parametrize("biases", [False, True])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from ranks import ranks
 from sim.draw import draw_config, draw_step, slots_of, weights_of
 from sim.oracle import expected, same
 
+from epmoe import runtime as runtime_module
 from epmoe.comm.group import Group
 from epmoe.context import ForwardContext
 from epmoe.errors import ConfigMismatch, EpmoeError, PeerLost
@@ -192,6 +195,7 @@ MODES = {
     "inference": torch.inference_mode,
     "no grad": torch.no_grad,
     "default dtype": lambda: Setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "default device": lambda: torch.device("meta"),
 }
 
 
@@ -222,6 +226,55 @@ def test_the_callers_modes_change_no_bit(rank, group, traffic, mode, inside):
             right = [traffic.run(moe, rank, n) for n in range(12)]
     assert all(right)
     group.allgather(b"", what="done", limit_s=20)
+    moe.close()
+
+
+@ranks(2)
+def test_layers_of_one_heap_have_its_limits(rank, group):
+    with pytest.raises(ValueError, match="stall_s must be equal for layers that share a heap"):
+        MoE.open_all([CONFIG, replace(CONFIG, stall_s=0.5)], group)
+    group.allgather(b"", what="both were refused", limit_s=20)
+
+
+@ranks(2)
+def test_a_rank_that_cannot_make_its_words_fails_open_for_all(rank, group, monkeypatch):
+    if rank == 0:
+        monkeypatch.setattr(runtime_module, "Words", None)
+    with pytest.raises(TypeError if rank == 0 else EpmoeError) as caught:
+        MoE.open(CONFIG, group)
+    if rank:
+        assert "rank 0" in str(caught.value)
+        assert "failed in make the words" in str(caught.value)
+
+
+@ranks(2, mpi=False)
+def test_a_program_that_ends_without_close_tells_its_peers(rank, group, traffic):
+    """It may live on for long: MPI's end waits for all ranks."""
+    moe = traffic.open(group, stall_s=20.0)
+    assert traffic.run(moe, rank, 0)
+    if rank == 0:
+        atexit._run_exitfuncs()
+    else:
+        with pytest.raises(PeerLost, match="the program ended without close"):
+            traffic.run(moe, rank, 1)
+    group.allgather(b"", what="done", limit_s=20)
+    moe.close()
+
+
+@ranks(2)
+def test_a_wrong_lane_is_an_empty_batch_where_there_is_one(rank, group, traffic):
+    moe = traffic.open(group)
+    x, ids = torch.ones(3, CONFIG.hidden), torch.zeros(3, CONFIG.choices, dtype=torch.int64)
+    batch, wanted = (x, ids, torch.ones(3, CONFIG.choices)), None
+    for lane in (0, 1, None, 0.5):
+        if rank == 0 and lane != 0:
+            with pytest.raises(ValueError, match=f"rank 0: lane must be in 0..0, got {lane}"):
+                moe(*batch, lane=lane)
+        else:
+            out = moe(*batch)
+            wanted = out if wanted is None else wanted
+            assert torch.equal(out, wanted)
+        group.allgather(b"", what="next", limit_s=20)
     moe.close()
 
 
@@ -381,6 +434,7 @@ def test_a_forward_on_a_gpu_is_a_named_range_that_always_ends(monkeypatch):
 
     with Group.alone() as group, MoE.open(replace(CONFIG, name="layer 7"), group) as moe:
         monkeypatch.setattr(MoE, "_run", run)
+        monkeypatch.setattr(MoE, "_current", lambda self: nullcontext())
         moe._device = torch.device("cuda")
         with pytest.raises(EpmoeError, match="no GPU for 3"):
             moe(**batch(), lane=3)

@@ -54,7 +54,7 @@ class CudaHeap(DeviceSlabs):
         in memory that nobody reads, not in somebody else's.
         """
         if self._undo:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         while self._undo:
             self._undo.pop()()
         self._addresses.clear()

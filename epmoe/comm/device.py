@@ -53,7 +53,7 @@ class DeviceSlabs:
 
     def read(self, rank: int, at: int, nbytes: int) -> bytes:
         """Bytes of a slab as they stand now."""
-        content = torch.empty(nbytes, dtype=torch.uint8)
+        content = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         # Not behind kernels that wait.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         where = self._addresses[rank] + at

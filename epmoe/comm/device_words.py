@@ -41,9 +41,9 @@ class DeviceWords:
         self._words_at = placed.lanes[lane][0]["words"].at
         self._say = placed.rank["last_words"]
         self._numbers = torch.tensor([1, 0, int(limit_s * 1e9)], device="cuda")
-        self._report = torch.zeros(REPORT.size, dtype=torch.uint8).pin_memory()
+        self._report = torch.zeros(REPORT.size, dtype=torch.uint8, device="cpu").pin_memory()
         self._seen = self._report.numpy().data
-        self._gone = torch.zeros(self.ranks, dtype=torch.int32).pin_memory()
+        self._gone = torch.zeros(self.ranks, dtype=torch.int32, device="cpu").pin_memory()
         # A stream of its own: a leave must reach the peers while a kernel of ours still waits.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         watch.on_loss(self._lost)
@@ -77,7 +77,7 @@ class DeviceWords:
     def leave(self, why: LastWords) -> None:
         """Tell every peer that nothing of ``why.round`` or later will come from this rank."""
         said = why.encoded(self._say.bytes)
-        text = torch.zeros(self._say.bytes, dtype=torch.uint8)
+        text = torch.zeros(self._say.bytes, dtype=torch.uint8, device="cpu")
         text[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
         raw = word(why.round % ROUNDS, 1 + HOWS.index(why.how)).to_bytes(8, "little")
         leave = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
@@ -129,7 +129,7 @@ class DeviceWords:
 
     def close(self) -> None:
         """Let every kernel of this lane that still waits leave, so that unmapping need not wait."""
-        stop = torch.tensor([1 + HOWS.index("closed")]).pin_memory()
+        stop = torch.tensor([1 + HOWS.index("closed")], device="cpu").pin_memory()
         with torch.cuda.stream(self._stream):
             self._numbers[1:2].copy_(stop, non_blocking=True)
         self._stream.synchronize()

@@ -18,10 +18,18 @@ from epmoe.comm.mesh import Mesh
 from epmoe.comm.message import LARGEST, Answer, Kind
 from epmoe.comm.peer import PACKED, Peer
 from epmoe.comm.watch import Watch
+from epmoe.config import LONGEST_S
 from epmoe.errors import ConfigMismatch, EpmoeError, PeerLost
 
 MEET_S = 300.0  # ranks may start minutes apart: containers, imports, queues
 CONNECT_S = 30.0  # once they have met all are alive, so connecting takes milliseconds
+TOLD = "_told_by_epmoe"  # of an error: by which group, after how many exchanges
+
+
+def check_limit(limit_s: float) -> None:
+    """A number of seconds that the system can wait."""
+    if not isinstance(limit_s, (int, float)) or not 0 < limit_s <= LONGEST_S:
+        raise ValueError(f"limit_s must be above 0 and at most {LONGEST_S}, got {limit_s!r}")
 
 
 @dataclass(slots=True)
@@ -42,9 +50,11 @@ class Group:
     """
 
     def __init__(self, met: meeting.Meeting, *, limit_s: float = MEET_S) -> None:
+        check_limit(limit_s)
         self.rank, self.size = met.rank, met.size
         self._opener = os.getpid()
         self._common: EpmoeError | None = None  # the last error that all ranks raised alike
+        self._exchanges = 0
         self._closed = False
         self._mesh: Mesh | None = None
         share = secrets.token_bytes(doors.NONCE)
@@ -128,8 +138,12 @@ class Group:
         try:
             yield said
         except Exception as error:
-            if error is not self._common and not (self._mesh and self._mesh.broken):
+            told = error is self._common or getattr(error, TOLD, None) == (self, self._exchanges)
+            if not told and not (self._mesh and self._mesh.broken):
                 self._tell(phase, error, limit_s)
+                # The others leave an outer phase by this, too: it is not told there again.  (Kept
+                # with the error: an error that the group kept would keep what its frames hold.)
+                setattr(error, TOLD, (self, self._exchanges))
             raise
         except BaseException as error:  # Ctrl-C: tell, but wait for nobody
             self._leave_by(error, phase)
@@ -148,8 +162,7 @@ class Group:
     ) -> dict[int, Answer]:
         if not what or len(what.encode()) > 200:
             raise ValueError(f"what must have 1 to 200 bytes, got {what!r}")
-        if not limit_s > 0:
-            raise ValueError(f"limit_s must be above 0, got {limit_s!r}")
+        check_limit(limit_s)
         if os.getpid() != self._opener:
             raise EpmoeError(
                 f"this group was opened by pid {self._opener} and is used by pid {os.getpid()}: "
@@ -163,6 +176,7 @@ class Group:
                 f"{what!r}: {self.peers[self.rank]} cannot share memory with {far}: it runs on "
                 f"another host or in another container, and epmoe's heaps end at one host"
             )
+        self._exchanges += 1
         answers = self._mesh.exchange(kind, what, body, limit_s=limit_s, fd=fd)
         self._common = None if kind == Kind.FAILED else self._judge(kind, what, answers)
         if kind == Kind.FAILED or self._common:

@@ -17,7 +17,7 @@ def from_env(env: Mapping[str, str]) -> meeting.Meeting:
     """
     if "EPMOE_HUB_FD" in env:
         return meeting.Hub(
-            int(env["EPMOE_HUB_FD"]), *_place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+            _number(env, "EPMOE_HUB_FD"), *_place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK")
         )
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, size, local = _place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -25,7 +25,7 @@ def from_env(env: Mapping[str, str]) -> meeting.Meeting:
             return meeting.Alone(local)
         agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         run = f"{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        host, port = _need(env, "MASTER_ADDR"), int(_need(env, "MASTER_PORT"))
+        host, port = _need(env, "MASTER_ADDR"), _number(env, "MASTER_PORT")
         return meeting.Store(host, port, run, rank, size, local, hosted=agent)
     for names in (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -39,11 +39,14 @@ def from_env(env: Mapping[str, str]) -> meeting.Meeting:
         if size == 1:
             return meeting.Alone(local)
         nodes = env.get("SLURM_STEP_NODELIST") or _need(env, "SLURM_JOB_NODELIST")
-        job, step = int(_need(env, "SLURM_JOB_ID")), int(env.get("SLURM_STEP_ID", "0"))
+        job = _number(env, "SLURM_JOB_ID")
+        step = _number(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
         port = slurm_port(job, step)
         return meeting.Store(
             first_host(nodes), port, f"{job}.{step}", rank, size, local, hosted=False
         )
+    if env.get("RANK", "0") != "0" or env.get("WORLD_SIZE", "1") != "1":  # half of a launcher's
+        _place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK")
     return meeting.Alone()
 
 
@@ -54,10 +57,18 @@ def _need(env: Mapping[str, str], name: str) -> str:
 
 
 def _place(env: Mapping[str, str], rank: str, size: str, local: str) -> tuple[int, int, int | None]:
-    at, of = int(_need(env, rank)), int(_need(env, size))
+    at, of = _number(env, rank), _number(env, size)
     if not 0 <= at < of:
         raise ValueError(f"{rank} must be from 0 to {size} - 1 ({of - 1}), got {at}")
-    return at, of, int(env[local]) if env.get(local) else None
+    return at, of, _number(env, local) if env.get(local) else None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    value = _need(env, name)
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def slurm_port(job: int, step: int) -> int:

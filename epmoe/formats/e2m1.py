@@ -33,7 +33,9 @@ def encode(x: Tensor) -> Tensor:
 
 def decode(codes: Tensor) -> Tensor:
     """Codes -> fp32, exact."""
-    table = torch.tensor(VALUES + tuple(-v for v in VALUES), device=codes.device)
+    table = torch.tensor(
+        VALUES + tuple(-v for v in VALUES), dtype=torch.float32, device=codes.device
+    )
     return table[codes.long()]
 
 

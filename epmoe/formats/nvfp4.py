@@ -175,7 +175,7 @@ def from_plain(
     """Quantise with the best scale per slot, one for w1 and w3 together and one for w2."""
     floats, kept = plain_parts(config, source)
     slots = len(floats["w1"])
-    first = torch.zeros(slots)
+    first = floats["w1"].new_zeros(slots)
     for name in ("w1", "w3") if config.gated else ("w1",):
         first = torch.maximum(first, floats[name].abs().amax((1, 2)))
     scales = {"w1": scale_of(first), "w2": scale_of(floats["w2"].abs().amax((1, 2)))}

@@ -78,7 +78,7 @@ class HostOps:
         self._pool = rows[self.rank].new_empty(0, rows[self.rank].shape[1])
         self._block = max(1, min(config.max_rows, REDUCED // (config.choices * config.hidden)))
         terms = (self._block, config.choices, config.hidden)
-        self._terms = torch.empty(terms, dtype=torch.float32)
+        self._terms = torch.empty(terms, dtype=torch.float32, device="cpu")
         # My right neighbour first, me last: no rank is everyone's first.
         self._peers = tuple((self.rank + 1 + step) % self.ranks for step in range(self.ranks))
 
@@ -130,7 +130,7 @@ class HostOps:
         if len(self._pool) < plan.plan.rows:  # kept: fresh pages cost more than the rows
             self._pool = self._pool.new_empty(plan.plan.rows, self._pool.shape[1])
         records, by_fc2 = self._pool[: plan.plan.rows], self.config.weight_in == "fc2"
-        weights = torch.empty(plan.plan.rows if by_fc2 else 0, dtype=torch.float32)
+        weights = torch.empty(plan.plan.rows if by_fc2 else 0, dtype=torch.float32, device="cpu")
         into = _items(records)
         for src in self._peers:
             cells, span = plan.cells_R[src], plan.plan.source(src)
@@ -148,7 +148,9 @@ class HostOps:
             name: raw[:, at : at + part.nbytes].view(part.dtype).view(len(raw), *part.shape)
             for name, (at, part) in self._parts.items()
         }
-        y_NH = torch.empty(len(raw), self.config.hidden, dtype=DTYPE[self.config.dtype])
+        y_NH = torch.empty(
+            len(raw), self.config.hidden, dtype=DTYPE[self.config.dtype], device="cpu"
+        )
         for slot in range(self.config.slots_per_rank(self.ranks)):
             pieces = plan.plan.pieces(slot)
             if not pieces:
@@ -182,7 +184,7 @@ class HostOps:
         self.words.wait(Y, round, limit_s)
         rows, choices = slots_TK.shape
         cells = self._results[: rows * choices].view(rows, choices, self.config.hidden)
-        out = torch.empty(rows, self.config.hidden, dtype=DTYPE[self.config.dtype])
+        out = torch.empty(rows, self.config.hidden, dtype=DTYPE[self.config.dtype], device="cpu")
         unused_TK1, weights_TK1 = (slots_TK < 0)[:, :, None], weights_TK[:, :, None]
         masked = bool(unused_TK1.any())
         for start in range(0, rows, self._block):

@@ -108,7 +108,7 @@ class HostCarrier:
 
     def shadows(self, count: int, nbytes: int) -> list[Tensor]:
         """See ``Carrier``.  Touched here, or pages would be found one by one in the rounds."""
-        return [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(count)]
+        return [torch.zeros(nbytes, dtype=torch.uint8, device="cpu") for _ in range(count)]
 
     def checksum(self) -> Checksum:
         """See ``Carrier``."""

@@ -60,7 +60,7 @@ def bytes_RR(moved: Iterable[Move], placement: Placement, slot_bytes: int) -> Te
     """
     if slot_bytes < 0:
         raise ValueError(f"slot_bytes must be at least 0, got {slot_bytes}")
-    sent_RR = torch.zeros(placement.ranks, placement.ranks, dtype=torch.int64)
+    sent_RR = torch.zeros(placement.ranks, placement.ranks, dtype=torch.int64, device="cpu")
     for move in moved:
         sent_RR[placement.rank_of(move.source), placement.rank_of(move.slot)] += slot_bytes
     return sent_RR

@@ -132,7 +132,9 @@ class Placement:
     @cached_property
     def counts_E(self) -> Tensor:
         """Replicas of every expert, int32, all >= 1.  Read only: the table is shared."""
-        return torch.tensor([len(slots) for slots in self._slots_of_E], dtype=torch.int32)
+        return torch.tensor(
+            [len(slots) for slots in self._slots_of_E], dtype=torch.int32, device="cpu"
+        )
 
     @cached_property
     def replicas_EX(self) -> Tensor:
@@ -148,7 +150,7 @@ class Placement:
         if width < most:
             raise ValueError(f"width must be at least {most} (most replicas), got {width}")
         rows = [slots + (-1,) * (width - len(slots)) for slots in self._slots_of_E]
-        return torch.tensor(rows, dtype=torch.int32)
+        return torch.tensor(rows, dtype=torch.int32, device="cpu")
 
 
 def choose_slots(

@@ -224,7 +224,7 @@ def check_route(
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device} like logits_TE, got {tensor.device}")
     if counts_E is not None and replicas_EX is not None and not counts_E.is_cuda:
-        held_EX = torch.arange(X) < counts_E.unsqueeze(1)
+        held_EX = torch.arange(X, device=counts_E.device) < counts_E.unsqueeze(1)
         if not (1 <= int(counts_E.min()) <= counts_E.max() <= X) or bool(
             (replicas_EX < 0)[held_EX].any()
         ):

@@ -48,6 +48,7 @@ class Stack:
             raise EpmoeError("a capture cannot open the experts: call layers(model) before it")
         alone = self.process_group is None
         group = Group.alone() if alone else Group.from_torch(self.process_group)
+        moes: tuple[MoE, ...] = ()
         try:
             configs: list[MoEConfig] = []
             with group.guarded("reading the experts of a model", OPEN_S):
@@ -69,6 +70,8 @@ class Stack:
                         )
                     )
         except BaseException as error:
+            if moes:
+                moes[0].close()
             group.close(error)
             raise
         self.moes, self._group, self.closed = moes, group, False

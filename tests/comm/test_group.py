@@ -55,6 +55,17 @@ def test_one_failing_rank_fails_the_phase_for_all(rank, group):
     assert group.allgather(b"", what="after", limit_s=5) == [b""] * 4
 
 
+@ranks(2)
+def test_a_failure_in_a_phase_of_a_phase_is_told_once(rank, group):
+    def phases():
+        with group.guarded("outer", 5), group.guarded("inner", 5):
+            raise KeyError(rank)
+
+    with pytest.raises(KeyError):
+        phases()
+    assert group.allgather(bytes([rank]), what="after", limit_s=5) == [b"\0", b"\1"]
+
+
 @ranks(4)
 def test_a_rank_that_fails_early_reaches_ranks_inside_the_phase(rank, group):
     before = len(os.listdir("/proc/self/fd"))
@@ -111,6 +122,8 @@ def test_a_descriptor_where_a_value_is_due_is_a_mismatch(rank, group):
         (lambda g: g.allgather(b"", what="", limit_s=1), ValueError, "what must have"),
         (lambda g: g.allgather(b"", what="x" * 201, limit_s=1), ValueError, "what must have"),
         (lambda g: g.allgather(b"", what="x", limit_s=0), ValueError, "limit_s must be above 0"),
+        (lambda g: g.allgather(b"", what="x", limit_s=1e9), ValueError, "at most 1000000, got 1"),
+        (lambda g: Group.from_env(limit_s=None), ValueError, "limit_s must be .* got None"),
         (lambda g: pass_fds(g, -1, what="x", limit_s=1), ValueError, "fd must be an open"),
         (lambda g: Group.from_torch(), ValueError, "process_group must belong"),
     ],

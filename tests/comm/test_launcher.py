@@ -85,6 +85,11 @@ def test_the_port_stays_below_the_range_the_system_hands_out(job):
         ({k: v for k, v in SLURM.items() if "LIST" not in k}, "SLURM_JOB_NODELIST must be set"),
         (SLURM | {"SLURM_JOB_NODELIST": "[1-2]"}, "must begin with a host name"),
         ({"EPMOE_HUB_FD": "3"}, "RANK must be set"),
+        ({"EPMOE_HUB_FD": "x"}, "EPMOE_HUB_FD must be a whole number, got 'x'"),
+        ({"RANK": "1"}, "WORLD_SIZE must be set"),  # half of a launcher's: not one rank alone
+        ({"WORLD_SIZE": "4"}, "RANK must be set"),
+        (TORCHRUN | {"RANK": "x"}, "RANK must be a whole number, got 'x'"),
+        (TORCHRUN | {"MASTER_PORT": "p"}, "MASTER_PORT must be a whole number, got 'p'"),
     ],
 )
 def test_a_contradictory_environment_is_refused_by_name(env, text):

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -144,6 +145,46 @@ def opened(group, kind):
             opens += 1
             met(group)
     return [group.size, group.rank, opens]
+
+
+@contextmanager
+def half_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def modes(group, kind):
+    """Opened, called, moved and closed under the caller's defaults, or with another GPU current."""
+    config, each = replace(SMALL, heap=kind), SMALL.slots_per_rank(group.size)
+    slots = slice(group.rank * each, (group.rank + 1) * each)
+    weights = {name: w[slots].cuda() for name, w in drawn(SMALL).items()}
+    mine = [t.cuda() for t in batches(config, [40] * group.size, 1)[group.rank]]
+    with MoE.open(config, group) as moe:
+        moe.load(**weights)
+        wanted, found = moe(*mine), {}
+        met(group)
+    elsewhere = (torch.cuda.current_device() + 1) % torch.cuda.device_count()
+    for name, mode, early in (
+        ("device", torch.device("cuda"), True),
+        ("dtype", half_precision(), True),
+        ("elsewhere", torch.cuda.device(elsewhere), False),
+    ):
+        opened = None if early else MoE.open(config, group)
+        with mode:
+            moe = opened or MoE.open(config, group)
+            moe.load(**{name: w.clone() for name, w in weights.items()})  # experts will move
+            same = torch.equal(moe(*mine), wanted)
+            turned = replace(moe.placement, expert_of_S=moe.placement.expert_of_S[::-1])
+            moe.place(turned)
+            same &= torch.equal(moe(*mine), wanted)
+            moe.check()
+            met(group)
+            moe.close()
+        found[name] = same
+    return found
 
 
 def too_large(group, kind):

@@ -18,7 +18,7 @@ IMPORTS = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("
 MARK = "@@"  # bodies.py
 ALL = (
     *("heap", "too_large", "answers", "chunks", "graphs", "two_layers", "refused", "bad_ids"),
-    *("bits", "delays", "hogged", "apart"),
+    *("bits", "delays", "hogged", "apart", "modes"),
 )
 NO_ROUND = ("heap", "too_large", "opened")  # ranks may share a GPU
 CLOSE = 6e-3  # relative error of bf16 rounding at four places against the oracle's, measured 3e-3
@@ -149,6 +149,13 @@ def test_a_refused_batch_costs_the_others_nothing(heap, ranks):
     assert "rank 0" in said
     assert "x" in said
     assert max(errors, default=0.0) < CLOSE
+
+
+@both_heaps
+@ranks_1_2_4
+def test_the_callers_defaults_and_current_device_change_no_bit(heap, ranks):
+    for one in found(heap, ranks, "modes"):
+        assert one == {"device": True, "dtype": True, "elsewhere": True}
 
 
 @both_heaps
