@@ -111,9 +111,12 @@ class Latent:
         return torch.add(y, full)
 
     def _refusal(self, x: Tensor) -> ValueError | TypeError | None:
-        if not isinstance(x, Tensor) or x.dtype != self.down.dtype:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            return TypeError(f"x must be a tensor of {self.down.dtype} as down is, got {got}")
+        if not isinstance(x, Tensor):
+            return TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if x.device != self.down.device:
+            return ValueError(f"x must be on {self.down.device} like down, got {x.device}")
+        if x.dtype != self.down.dtype and not torch.is_autocast_enabled(x.device.type):
+            return TypeError(f"x must be {self.down.dtype} like down, got {x.dtype}")
         if x.dim() != 2 or x.shape[1] != self.hidden:
             return ValueError(f"x must have shape (rows, {self.hidden}), got {tuple(x.shape)}")
         return None
