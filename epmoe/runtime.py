@@ -109,12 +109,14 @@ class Runtime:
             check_ranks(config, group.size)
         placed = layout(configs, group.size)
         heap = comm.open_heap(configs[0].heap, group, placed.total, generation=1, limit_s=limit_s)
+        made: Runtime | Heap = heap
         try:
             with group.guarded("make the words", limit_s):
-                return cls(configs, group, heap, placed)
+                made = runtime = cls(configs, group, heap, placed)
         except BaseException:
-            heap.close()
+            made.close()
             raise
+        return runtime
 
     def host_words(self, lane: int) -> Words:
         """The words of a lane of a host heap."""
