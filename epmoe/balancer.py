@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epmoe.accept import check_budget
+from epmoe.config import check_count
 from epmoe.moe import MoE
 from epmoe.sched.balance import max_over_mean, rebalance
 
@@ -26,11 +27,7 @@ class BalanceRule:
 
     def __post_init__(self) -> None:
         for name in ("interval", "window"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_count(name, getattr(self, name), 1)
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
         for name in ("threshold", "enough"):

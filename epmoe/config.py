@@ -16,6 +16,14 @@ WEIGHT_IN = ("reduce", "fc2")
 LONGEST_S = 1_000_000  # twelve days; poll() takes at most 2**31 milliseconds
 
 
+def check_count(name: str, value: object, least: int) -> None:
+    """``TypeError`` unless ``value`` is an int, ``ValueError`` if it is below ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     """One MoE layer, as all ranks see it.  Equal configs have equal fingerprints.
@@ -94,11 +102,7 @@ class MoEConfig:
             raise ValueError(f"name must have 1 to 64 bytes of printable text, got {self.name!r}")
 
     def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_count(name, getattr(self, name), least)
 
     @property
     def places(self) -> int:

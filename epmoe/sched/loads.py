@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from epmoe.config import check_count
+
 MOST = 1e30  # sums of loads stay finite in float32, which the published planner computes in
 
 
@@ -62,11 +64,7 @@ class Loads:
 
     def __post_init__(self) -> None:
         for name in ("experts", "window"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_count(name, getattr(self, name), 1)
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
 

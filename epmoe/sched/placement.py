@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from epmoe.config import check_count
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -34,11 +36,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         for name in ("experts", "ranks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_count(name, getattr(self, name), 1)
         if not isinstance(self.expert_of_S, tuple):
             raise TypeError(
                 f"expert_of_S must be a tuple of int (Placement.of takes tensors and lists), "

@@ -52,6 +52,8 @@ def findings(heap, ranks, names=ALL):
 
 def succeeds(script, *argv):
     """Runs a script of this folder; fails with what it said last."""
+    if reason := cuda.why_not():
+        pytest.skip(f"no cuda heap: {reason}")
     done = subprocess.run(
         [sys.executable, str(HERE / script), *argv],
         env=os.environ | IMPORTS,
@@ -222,14 +224,10 @@ def test_ranks_and_heaps_change_no_bit():
 
 def test_rounds_of_eight_ranks_that_share_the_gpus_change_no_bit():
     """And name a rank that never comes; more ranks than GPUs, in one process."""
-    if reason := cuda.why_not():
-        pytest.skip(f"no cuda heap: {reason}")
     succeeds("neighbours.py", "--ranks", "8")
 
 
 def test_layers_of_any_shape_are_what_one_rank_and_fp32_say():
-    if reason := cuda.why_not():
-        pytest.skip(f"no cuda heap: {reason}")
     succeeds("any_shape.py", "--layers", "12")
 
 
